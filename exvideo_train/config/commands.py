@@ -1,0 +1,74 @@
+"""The options of the commands that take an experiment, and of export.
+
+The data commands' own options stand in :mod:`exvideo_train.config.clips` and :mod:`exvideo_train.config.latents`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import MISSING
+
+from exvideo_train.config.experiment import Experiment
+
+
+class AdapterFormat(Enum):
+    """Program family an adapter file is written for."""
+
+    diffusers = "diffusers"
+    diffsynth = "diffsynth"
+    comfyui = "comfyui"
+
+
+class Weights(Enum):
+    """Which copy of the adapter is taken."""
+
+    raw = "raw"
+    ema = "ema"
+
+
+@dataclass
+class Train(Experiment):
+    latents: str = MISSING
+    """Latent store written by encode_latents with the same experiment."""
+    run_dir: str = MISSING
+    """Run folder: config, metrics, checkpoints and the exported adapter. The same folder again continues the run."""
+    resume: str = "auto"
+    """auto continues from the newest valid checkpoint of run_dir, never begins anew, a path continues from there."""
+    dry_run: bool = False
+    """Load, check and print everything, run no step and write nothing."""
+
+
+@dataclass
+class Export:
+    run_dir: str = MISSING
+    """Run folder of launch/train.py."""
+    adapter: str = MISSING
+    """File to write, ending in .safetensors."""
+    format: AdapterFormat = AdapterFormat.diffusers
+    """diffusers (also PEFT), diffsynth (alpha/rank folded in), comfyui."""
+    weights: Weights = Weights.raw
+    """raw, or ema when the run kept a moving average."""
+    step: int | None = None
+    """Checkpoint step to export; unset takes the newest."""
+
+
+@dataclass
+class Sample(Experiment):
+    output: str = MISSING
+    """Folder for the videos."""
+    prompt: str | None = None
+    """Text of the video to make."""
+    prompts_file: str | None = None
+    """Text file with a prompt a line, instead of prompt."""
+    adapter: str | None = None
+    """Adapter file in any exported format; unset samples the base model."""
+    adapter_scale: float = 1.0
+    """Strength of the adapter."""
+    compare: bool = False
+    """Make the same video from the same noise without the adapter too, and both side by side."""
+    vae_tiling: bool = False
+    """Decode in tiles: less memory, faint seams."""
+    device: str = "auto"
+    """auto takes the first GPU, else the CPU."""

@@ -1,0 +1,239 @@
+"""What an experiment fixes for every stage: geometry, model, adapter, optimisation, memory, parallelism.
+
+Each option stands here once: its type, its default, and below it its unit and reason. ``--help`` of every command
+is made from these texts, and ``conf/`` holds the choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from exvideo_train.geometry import Geometry
+
+
+class Dtype(Enum):
+    """Number format of frozen weights and of autocast."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class LearningRateSchedule(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+    linear = "linear"
+
+
+class Recompute(Enum):
+    """What the backward pass computes again instead of keeping."""
+
+    none = "none"
+    full = "full"
+    keep_attention = "keep_attention"
+
+
+class AttentionKernel(Enum):
+    """Which attention kernel is asked for; the one that runs is probed and logged at start."""
+
+    auto = "auto"
+    flash = "flash"
+    cudnn = "cudnn"
+    flash_attn = "flash_attn"
+    math = "math"
+
+
+class SamplerKind(Enum):
+    """Sampler of evaluation videos, both from diffusers."""
+
+    ddim = "ddim"
+    dpm = "dpm"
+
+
+LORA_TARGETS = [
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "norm1.linear",
+    "norm2.linear",
+]
+
+
+@dataclass
+class ModelConfig:
+    path: str = "zai-org/CogVideoX-5b"
+    """A folder in the published layout (transformer/ vae/ text_encoder/ tokenizer/ scheduler/) or a hub id."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); unset takes the newest. Pin it for runs that must be repeatable."""
+    dtype: Dtype = Dtype.bf16
+    """Number format of the frozen backbone and of autocast: CogVideoX-5B is bf16, 2B is fp16."""
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 64
+    """Rank of each update. 64 on the eight Linears of 42 blocks is 250,478,592 parameters, 1.0 GB in fp32."""
+    alpha: float = 64.0
+    """Scale numerator: the update is alpha/rank * B @ A. Equal to rank, no program can get the scale wrong."""
+    dropout: float = 0.0
+    """Dropout before A, 0..1. Recomputation stays exact with it; few long clips may profit from 0.05."""
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+    """Suffixes of the Linears that get an update, as published in the checkpoint's names."""
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    schedule: LearningRateSchedule = LearningRateSchedule.cosine
+    """Shape after warm-up, from lr to lr * final_lr_ratio at max_steps: constant, cosine, linear."""
+    warmup_steps: int = 100
+    """Optimizer steps of linear warm-up from 0."""
+    final_lr_ratio: float = 0.1
+    """Learning rate at max_steps as a share of lr (cosine and linear)."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's decay of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 1e-4
+    """AdamW's decoupled weight decay."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm of one optimizer step, over all ranks and micro-steps; 0 turns clipping off."""
+    accumulation_steps: int = 1
+    """Micro-steps added up to one optimizer step."""
+    ema_decay: float = 0.0
+    """Decay of the adapter's moving average a step; 0 keeps none. 0.999 averages about 1000 steps."""
+
+
+@dataclass
+class DataConfig:
+    batch_size: int = 1
+    """Samples of the experiment's geometry a data-parallel rank and micro-step."""
+    geometries: list[str] = field(default_factory=list)
+    """Geometries of the store to mix, as names like 49x480x720_8fps; empty takes the experiment's own."""
+    token_budget: int = 0
+    """Video tokens a data-parallel rank and micro-step when geometries are mixed: shorter clips then come
+    several at a time. 0 takes batch_size of every geometry."""
+    caption_dropout: float = 0.1
+    """Share of samples trained with the empty prompt, so that guidance works in sampling."""
+    num_workers: int = 2
+    """Processes that read and prepare samples ahead of the step, a rank; 0 reads in the training process."""
+    max_corrupt_clips: int = 100
+    """Corrupt latent files that are replaced by the next clip before the run stops."""
+    held_out_clips: int = 0
+    """Clips never trained on, the same for every run over the store: they are the validation set."""
+
+
+@dataclass
+class MemoryConfig:
+    zero_stage: int = 2
+    """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in host memory: saves 3 GB over N ranks for a slower step."""
+    recompute: Recompute = Recompute.full
+    """none keeps all activations; full keeps each block's input; keep_attention keeps attention outputs too
+    (11.6 GB more at 129 frames in bf16, and 17 % fewer FLOPs)."""
+    attention: AttentionKernel = AttentionKernel.auto
+    """auto takes the fastest kernel that runs and refuses, on a GPU, one that builds the whole attention map
+    (192 GB at 129 frames); the others force one."""
+    compile: bool = False
+    """Compile each block with torch.compile (first step slower by minutes)."""
+
+
+@dataclass
+class ParallelConfig:
+    sequence: int = 1
+    """Ranks that share one sample's joint sequence (Ulysses); divides the world size and the heads."""
+
+
+@dataclass
+class LoggerConfig:
+    log_every_steps: int = 1
+    """Steps between console lines and records in metrics.jsonl; only these steps synchronise the device."""
+    wandb: bool = False
+    """Log to Weights & Biases; WANDB_MODE=offline keeps it local."""
+    wandb_project: str = "exvideo"
+    """Weights & Biases project."""
+    wandb_name: str | None = None
+    """Weights & Biases run name; unset takes the run folder's name."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder."""
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = 250
+    """Optimizer steps between checkpoints; one is always written at the end. 0 writes only that."""
+    keep_last: int = 2
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept for ever; 0 keeps none."""
+
+
+@dataclass
+class ValidationConfig:
+    every_steps: int = 250
+    """Optimizer steps between validations, the first before step 0; 0 turns it off. Needs data.held_out_clips."""
+    timestep_quantiles: int = 4
+    """Timesteps at which each held-out clip is scored, evenly spread over the schedule: one band each."""
+    sample_every_steps: int = 0
+    """Optimizer steps between sample videos written by a separate process on spare time; 0 writes none."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Prompts of the sample videos; empty takes captions of held-out clips... at most two."""
+
+
+@dataclass
+class SafetyConfig:
+    max_nonfinite_steps: int = 10
+    """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    loss_spike_factor: float = 4.0
+    """A loss above this multiple of its running mean is logged with its clips."""
+    rank_timeout_seconds: float = 600.0
+    """Seconds after which a rank that stopped answering brings the job down."""
+    time_limit_minutes: float = 0.0
+    """Save and exit with the resume code after this many minutes of wall clock; 0 has no limit."""
+
+
+@dataclass
+class Experiment:
+    """What ``+exp=...`` fixes for every command."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
+    num_frames: int = 129
+    """Video frames, 8k+1. The base model makes 49."""
+    height: int = 480
+    """Frame height in pixels, a multiple of 16."""
+    width: int = 720
+    """Frame width in pixels, a multiple of 16."""
+    fps: float = 8.0
+    """Frames a second at which clips are sampled and videos written; CogVideoX is trained at 8."""
+    seed: int = 6
+    """Seed of adapter initialisation, sample order, noise and sampling."""
+    max_steps: int = 4000
+    """Optimizer steps of the run."""
+    guidance_scale: float = 7.0
+    """Classifier-free guidance of evaluation videos, constant over the steps."""
+    num_inference_steps: int = 100
+    """Denoising steps of evaluation videos."""
+    scheduler: SamplerKind = SamplerKind.ddim
+    """Sampler of evaluation videos: ddim or dpm."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """The experiment's geometry; raises UserError for values the model cannot take."""
+        return Geometry(self.num_frames, self.height, self.width, self.fps)

@@ -1,0 +1,222 @@
+"""From a command line to a checked config: the one place that knows Hydra.
+
+A command is a dataclass (its options), a YAML of the same name in ``conf/`` (its defaults) and a function.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from exvideo_train.errors import UserError
+
+ConfigT = TypeVar("ConfigT")
+
+USER_ERROR_STATUS = 2
+# Hydra must neither change directory nor leave folders behind; a user's own override comes later and wins.
+QUIET_HYDRA = [
+    "hydra.run.dir=.",
+    "hydra.sweep.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+]
+
+
+def config_folder() -> Path:
+    """``conf/`` of an installed package or of the checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def run_command(config_class: type[ConfigT], main: Callable[[ConfigT], None], name: str, usage: str) -> None:
+    """Compose ``conf/<name>.yaml`` with the command line, check it, and call ``main``.
+
+    Args:
+        config_class: the command's dataclass.
+        main: called with an instance of it.
+        name: the command's YAML in ``conf/``.
+        usage: how the command is called, with an example; printed by ``--help``.
+
+    A :class:`UserError` ends the process with status 2 and its message alone.
+    """
+    arguments = _without_launcher_arguments(sys.argv[1:])
+    register_schema(config_class, name)
+    try:
+        if "--help" in arguments or "-h" in arguments:
+            overrides = [
+                argument for argument in arguments if "=" in argument and not argument.startswith("-")
+            ]
+            print(help_text(config_class, compose_config(name, overrides, config_class), usage))
+            return
+        if not any(argument.startswith("-") for argument in arguments):
+            compose_config(name, arguments, config_class)
+    except UserError as error:
+        _exit_with(error)
+
+    def task(config: DictConfig) -> None:
+        try:
+            main(to_dataclass(config, config_class))
+        except UserError as error:
+            _exit_with(error)
+
+    sys.argv = [sys.argv[0], *QUIET_HYDRA, *arguments]
+    hydra.main(config_path=str(config_folder()), config_name=name, version_base="1.3")(task)()
+
+
+def _exit_with(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(USER_ERROR_STATUS)
+
+
+def _without_launcher_arguments(arguments: list[str]) -> list[str]:
+    """Drop the ``--local_rank=N`` that the DeepSpeed launcher adds; N goes to the environment instead."""
+    kept = []
+    expect_value = False
+    for argument in arguments:
+        if expect_value:
+            os.environ.setdefault("LOCAL_RANK", argument)
+            expect_value = False
+        elif argument in ("--local_rank", "--local-rank"):
+            expect_value = True
+        elif argument.startswith(("--local_rank=", "--local-rank=")):
+            os.environ.setdefault("LOCAL_RANK", argument.split("=", 1)[1])
+        else:
+            kept.append(argument)
+    return kept
+
+
+def register_schema(config_class: type, name: str) -> None:
+    """Make the dataclass known to Hydra as ``<name>_schema``, the first entry of ``conf/<name>.yaml``."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=config_class)
+
+
+def compose_config(name: str, overrides: list[str], config_class: type) -> DictConfig:
+    """Compose ``conf/<name>.yaml`` with overrides.
+
+    Raises:
+        UserError: an unknown option, choice or value, with the nearest names.
+    """
+    register_schema(config_class, name)
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return compose(name, overrides)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(_explain(error, overrides, config_class)) from error
+
+
+def _explain(error: Exception, overrides: list[str], config_class: type) -> str:
+    text = str(error.__cause__ or error).split("\n")[0]
+    known = [path for path, _, _ in walk_options(config_class)]
+    groups = [path.name for path in config_folder().iterdir() if path.is_dir()]
+    for override in overrides:
+        key = override.lstrip("+~").split("=", 1)[0]
+        if key in groups:
+            choice = override.split("=", 1)[-1]
+            choices = sorted(path.stem for path in (config_folder() / key).glob("*.yaml"))
+            if "=" in override and choice not in choices:
+                return f"{override}: no such choice; conf/{key}/ has: {', '.join(choices)}"
+        elif (
+            not key.startswith("hydra")
+            and key not in known
+            and not any(k.startswith(key + ".") for k in known)
+        ):
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
+            return f"unknown option {key} in {override!r}; {hint}"
+    given = " ".join(
+        override for override in overrides if override.split("=", 1)[0].lstrip("+") in str(error)
+    )
+    return f"{given + ': ' if given else ''}{text}; --help lists all options"
+
+
+def to_dataclass(config: DictConfig, config_class: type[ConfigT]) -> ConfigT:
+    """The typed object of a composed config.
+
+    Raises:
+        UserError: required options are not given, or a value does not fit its type.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        docs = {path: doc for path, _, doc in walk_options(config_class)}
+        lines = [f"  {path}=...  {docs.get(path, '')}" for path in missing]
+        raise UserError("these options are required:\n" + "\n".join(lines))
+    try:
+        value = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error)) from error
+    assert isinstance(value, config_class)
+    return value
+
+
+def field_docs(config_class: type) -> dict[str, str]:
+    """The string below each field of a dataclass and its bases, as one line each."""
+    docs: dict[str, str] = {}
+    for base in reversed(config_class.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, following in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+                and isinstance(following.value.value, str)
+            ):
+                docs[statement.target.id] = " ".join(following.value.value.split())
+    return docs
+
+
+def walk_options(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted name, type, documentation) of every option, nested dataclasses opened."""
+    docs = field_docs(config_class)
+    hints = get_type_hints(config_class)
+    for option in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        kind = hints[option.name]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from walk_options(kind, f"{prefix}{option.name}.")
+        else:
+            yield f"{prefix}{option.name}", kind, docs.get(option.name, "")
+
+
+def help_text(config_class: type, config: DictConfig, usage: str) -> str:
+    """Usage, config groups, and every option with type, composed value and documentation."""
+    lines = [usage.strip(), "", "Choices (name=choice; experiments are added: +exp=choice):"]
+    root = config_folder()
+    for group in sorted(path for path in root.iterdir() if path.is_dir()):
+        if group.name == "exp" or group.name in config:
+            choices = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
+            lines.append(f"  {group.name}: {choices}")
+    lines += ["", "Options (name=value), with the values composed from this command line:"]
+    top_first = sorted(walk_options(config_class), key=lambda option: "." in option[0])
+    for path, kind, doc in top_first:
+        node = OmegaConf.select(config, path, throw_on_missing=False, default="???")
+        value = node.name if isinstance(node, Enum) else ("required" if node == "???" else node)
+        lines.append(f"  {path} = {value}  ({_type_name(kind)})")
+        lines += textwrap.wrap(doc, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _type_name(kind: Any) -> str:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return " | ".join(member.name for member in kind)
+    return kind.__name__ if isinstance(kind, type) and not getattr(kind, "__args__", None) else str(kind)
