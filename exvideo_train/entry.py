@@ -61,9 +61,7 @@ def run_command(config_class: type[ConfigT], main: Callable[[ConfigT], None], na
     register_schema(config_class, name)
     try:
         if "--help" in arguments or "-h" in arguments:
-            overrides = [
-                argument for argument in arguments if "=" in argument and not argument.startswith("-")
-            ]
+            overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
             print(help_text(config_class, compose_config(name, overrides, config_class), usage))
             return
         if not any(argument.startswith("-") for argument in arguments):
@@ -133,17 +131,11 @@ def _explain(error: Exception, overrides: list[str], config_class: type) -> str:
             choices = sorted(path.stem for path in (config_folder() / key).glob("*.yaml"))
             if "=" in override and choice not in choices:
                 return f"{override}: no such choice; conf/{key}/ has: {', '.join(choices)}"
-        elif (
-            not key.startswith("hydra")
-            and key not in known
-            and not any(k.startswith(key + ".") for k in known)
-        ):
+        elif not key.startswith("hydra") and key not in known and not any(k.startswith(key + ".") for k in known):
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
             return f"unknown option {key} in {override!r}; {hint}"
-    given = " ".join(
-        override for override in overrides if override.split("=", 1)[0].lstrip("+") in str(error)
-    )
+    given = " ".join(override for override in overrides if override.split("=", 1)[0].lstrip("+") in str(error))
     return f"{given + ': ' if given else ''}{text}; --help lists all options"
 
 

@@ -105,12 +105,8 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (struct.error, ValueError) as error:
-        raise UserError(
-            f"{path} is truncated or not a safetensors file ({error}); fetch or write it again"
-        ) from error
-    end = max(
-        (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-    )
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}); fetch or write it again") from error
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     if size != 8 + length + end:
         raise UserError(
             f"{path} is truncated: {size} bytes, its header promises {8 + length + end}; fetch or write it again"
