@@ -1,0 +1,223 @@
+"""What shaped a latent: everything that, changed, would make the stored latents wrong.
+
+Computing it needs the model's files but none of its code, so the training process can check a store without
+importing T5 or the VAE.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from exvideo_train.errors import UserError
+from exvideo_train.files import atomic_write_json, sha256_file
+from exvideo_train.geometry import Geometry
+
+# The folders of the published layout whose files shape what is stored.
+COMPONENTS = ("vae", "text_encoder", "tokenizer")
+COMPONENT_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt")
+# Raise it whenever clips.reader would give other pixels for the same clip: sampling moments, resize, crop.
+FRAME_RULE_VERSION = 1
+
+_REMEDIES = {
+    "model": "point model.path to the model that encoded the store, or encode into a new latents folder",
+    "encoding": "use the same options as the store was encoded with, or encode into a new latents folder",
+    "geometry": "set num_frames, height, width and fps to a geometry of the store, or encode this geometry into it",
+}
+_FIELD_KIND = {
+    "vae_sha256": "model",
+    "text_encoder_sha256": "model",
+    "tokenizer_sha256": "model",
+    "num_frames": "geometry",
+    "height": "geometry",
+    "width": "geometry",
+    "fps": "geometry",
+}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Everything that shapes the latents of one geometry in a store.
+
+    A field that is None is not known on this side and is not compared: a training machine may lack the text
+    encoder's folder, and training does not choose the encoders' number formats.
+    """
+
+    vae_sha256: str | None
+    text_encoder_sha256: str | None
+    tokenizer_sha256: str | None
+    vae_dtype: str | None
+    text_dtype: str | None
+    tiling: bool | None
+    text_length: int | None
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    frame_rule_version: int = FRAME_RULE_VERSION
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.num_frames, self.height, self.width, self.fps)
+
+    def differences(self, other: Fingerprint) -> list[tuple[str, Any, Any]]:
+        """(field, own value, other's value) of the fields known on both sides that differ."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return [(name, a, b) for name, a, b in pairs if a is not None and b is not None and a != b]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any], where: Path) -> Fingerprint:
+        """The inverse of :meth:`to_json`; ``where`` is named in errors.
+
+        Raises:
+            UserError: fields are missing or unknown.
+        """
+        known = {f.name for f in fields(cls)}
+        if set(content) != known:
+            odd = sorted(set(content) ^ known)
+            raise UserError(
+                f"{where}: a fingerprint has other fields than this version knows ({', '.join(odd)}); "
+                "use the version that wrote the store, or encode into a new latents folder"
+            )
+        return cls(**content)
+
+    def digest(self) -> str:
+        """Short hex digest that stands in every latent file of the geometry."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def explain_differences(differences: list[tuple[str, Any, Any]], store: Path) -> str:
+    """One line a field with both values, and what to do."""
+    kinds = [_FIELD_KIND.get(name, "encoding") for name, _, _ in differences]
+    lines = [f"the latent store {store} does not fit this run:"]
+    lines += [f"  {name}: the store has {a}, this run has {b}" for name, a, b in differences]
+    lines += [_REMEDIES[kind] for kind in dict.fromkeys(kinds)]
+    return "\n".join(lines)
+
+
+def model_fingerprint(
+    model_path: Path,
+    geometry: Geometry,
+    *,
+    vae_dtype: str | None = None,
+    text_dtype: str | None = None,
+    tiling: bool | None = None,
+    text_length: int | None = None,
+    write_cache: bool = True,
+) -> Fingerprint:
+    """Fingerprint of encoding with the model in ``model_path``.
+
+    Args:
+        model_path: local folder in the published layout; a component that is absent is left unknown.
+        geometry: frames, size and rate of the samples.
+        vae_dtype, text_dtype: number formats of the encoders; None leaves them open.
+        tiling: whether the VAE encodes in tiles; None leaves it open.
+        text_length: tokens a caption; None takes the transformer config's ``max_text_seq_length``.
+        write_cache: keep the digests of large files in the user's cache folder.
+
+    Raises:
+        UserError: a file of the model cannot be read.
+    """
+    digests = {name: component_digest(model_path / name, write_cache) for name in COMPONENTS}
+    return Fingerprint(
+        vae_sha256=digests["vae"],
+        text_encoder_sha256=digests["text_encoder"],
+        tokenizer_sha256=digests["tokenizer"],
+        vae_dtype=vae_dtype,
+        text_dtype=text_dtype,
+        tiling=tiling,
+        text_length=text_length if text_length is not None else read_text_length(model_path),
+        num_frames=geometry.num_frames,
+        height=geometry.height,
+        width=geometry.width,
+        fps=float(geometry.fps),
+    )
+
+
+def read_text_length(model_path: Path) -> int:
+    """Tokens a caption is padded to: ``max_text_seq_length`` of transformer/config.json, 226 as published."""
+    config = _read_config(model_path / "transformer" / "config.json")
+    return int(config.get("max_text_seq_length", 226))
+
+
+def read_scaling_factor(model_path: Path) -> float:
+    """Factor between the VAE's posterior and the DiT's latents: ``scaling_factor`` of vae/config.json."""
+    path = model_path / "vae" / "config.json"
+    config = _read_config(path)
+    if "scaling_factor" not in config:
+        raise UserError(f"{path} has no scaling_factor; point model.path to a CogVideoX model")
+    return float(config["scaling_factor"])
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); point model.path to a folder in the published layout"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); fetch it again") from error
+
+
+def component_digest(folder: Path, write_cache: bool = True) -> str | None:
+    """One digest over the names and contents of a component's files; None if the folder does not exist.
+
+    A large file is read once: its digest is kept in the user's cache under its path, size and modification time.
+    """
+    if not folder.is_dir():
+        return None
+    cache = _DigestCache()
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.suffix not in COMPONENT_SUFFIXES:
+            continue
+        digest.update(f"{path.name} {cache.sha256(path)}\n".encode())
+    if write_cache:
+        cache.save()
+    return digest.hexdigest()
+
+
+class _DigestCache:
+    """Digests of large files by (path, size, modification time), in the user's cache folder."""
+
+    SMALLEST_BYTES = 1 << 24
+
+    def __init__(self) -> None:
+        root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        self.path = Path(root) / "exvideo_train" / "sha256.json"
+        self.changed = False
+        try:
+            self.digests: dict[str, str] = json.loads(self.path.read_text())
+        except (OSError, ValueError):  # a missing or damaged cache only costs the time to read the files again
+            self.digests = {}
+
+    def sha256(self, path: Path) -> str:
+        try:
+            real = path.resolve(strict=True)
+            status = real.stat()
+            if status.st_size < self.SMALLEST_BYTES:
+                return sha256_file(real)
+            key = f"{real} {status.st_size} {status.st_mtime_ns}"
+            if key not in self.digests:
+                self.digests[key] = sha256_file(real)
+                self.changed = True
+            return self.digests[key]
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); fetch the model again") from error
+
+    def save(self) -> None:
+        if not self.changed:
+            return
+        try:
+            atomic_write_json(self.path, self.digests)
+        except UserError as error:
+            print(f"note: digests are not cached: {error}", flush=True)

@@ -1,0 +1,358 @@
+"""The latent store: one immutable file a clip, an index, and a fingerprint of everything that shaped it.
+
+    store.json                                    format version, scaling factor, a fingerprint a geometry
+    index.jsonl                                   one line a latent file, sorted; rewritten whole, never appended
+    empty_prompt.safetensors                      text (L, C) of the empty prompt
+    clips/<geometry>/<id[:3]>/<id>.safetensors    moments (2C, T, H, W) and text (L, C)
+    reports/                                      of encoding runs; not part of the store's identity
+
+Nothing in a store outside reports/ holds a time, a host or a path: equal clips and options give equal bytes.
+Axis letters: C channel, T latent frames, H height, W width, L text tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exvideo_train.errors import UserError
+from exvideo_train.files import (
+    atomic_write_bytes,
+    atomic_write_json,
+    atomic_write_text,
+    read_safetensors_header,
+)
+from exvideo_train.geometry import Geometry
+from exvideo_train.latents.fingerprint import Fingerprint, explain_differences
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_VERSION = 1
+# safetensors writes metadata in the order of a randomly seeded hash map: only with a single key are files
+# of equal content equal bytes.
+METADATA_KEY = "exvideo_train"
+
+
+class CorruptLatent(UserError):
+    """A latent file that is missing, truncated or changed since it was written."""
+
+
+@dataclass(frozen=True)
+class StoredClip:
+    """One clip of the store, as the encoders gave it.
+
+    Attributes:
+        moments_CTHW: (2C, T, H, W) mean and log-variance of the VAE's posterior, unscaled.
+        text_LC: (L, C) T5 embedding of the caption.
+        caption: the caption itself.
+    """
+
+    moments_CTHW: Tensor
+    text_LC: Tensor
+    caption: str
+
+
+@dataclass(frozen=True, order=True)
+class IndexEntry:
+    """One latent file: sha256 covers its tensors, caption_sha256 tells whether the caption has changed."""
+
+    geometry: str
+    clip_id: str
+    num_bytes: int
+    sha256: str
+    caption_sha256: str
+
+
+class LatentStore:
+    """A folder of latents; open one with :meth:`open` or :meth:`create`."""
+
+    def __init__(self, path: Path, scaling_factor: float, fingerprints: dict[str, Fingerprint]) -> None:
+        self.path = path
+        self.scaling_factor = scaling_factor
+        self.fingerprints = fingerprints
+
+    @classmethod
+    def open(cls, path: Path | str) -> LatentStore:
+        """Open an existing store.
+
+        Raises:
+            UserError: the folder is not a store, or of another format version.
+        """
+        path = Path(path)
+        description = path / "store.json"
+        try:
+            content = json.loads(description.read_text())
+        except FileNotFoundError:
+            raise UserError(
+                f"latents={path}: no latent store there (store.json is missing); "
+                "write it with data_prep/encode_latents.py"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{description} cannot be read ({error}); encode into a new latents folder") from error
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{description}: format_version={version}, this version reads {FORMAT_VERSION}; "
+                "use the version that wrote the store, or encode into a new latents folder"
+            )
+        fingerprints = {
+            name: Fingerprint.from_json(fields, description) for name, fields in content["geometries"].items()
+        }
+        return cls(path, float(content["scaling_factor"]), fingerprints)
+
+    @classmethod
+    def create(cls, path: Path | str, scaling_factor: float) -> LatentStore:
+        """Open the store at ``path``, or begin an empty one that :meth:`add_geometry` writes to disk."""
+        path = Path(path)
+        if (path / "store.json").exists():
+            return cls.open(path)
+        return cls(path, scaling_factor, {})
+
+    def add_geometry(self, fingerprint: Fingerprint) -> None:
+        """Let clips of this fingerprint be written; the same one again changes nothing.
+
+        Raises:
+            UserError: the store holds latents of another model or other options, or cannot be written.
+        """
+        name = fingerprint.geometry.name
+        if name in self.fingerprints:
+            self.require(fingerprint)
+            return
+        for other in self.fingerprints.values():
+            of_model = {"num_frames", "height", "width", "fps"}
+            differences = [d for d in other.differences(fingerprint) if d[0] not in of_model]
+            if differences:
+                raise UserError(explain_differences(differences, self.path))
+        fingerprints = {**self.fingerprints, name: fingerprint}
+        content = {
+            "format_version": FORMAT_VERSION,
+            "scaling_factor": self.scaling_factor,
+            "geometries": {key: value.to_json() for key, value in fingerprints.items()},
+        }
+        atomic_write_json(self.path / "store.json", content)
+        self.fingerprints = fingerprints
+
+    def require(self, fingerprint: Fingerprint) -> None:
+        """Check that latents of ``fingerprint.geometry`` were made as ``fingerprint`` says.
+
+        Raises:
+            UserError: names each field that differs, with both values, and the remedy.
+        """
+        name = fingerprint.geometry.name
+        if name not in self.fingerprints:
+            nearest = next(iter(self.fingerprints.values()), None)
+            held = ", ".join(sorted(self.fingerprints)) or "none"
+            message = f"the latent store {self.path} holds no latents of {name}; its geometries: {held}"
+            if nearest is None:
+                raise UserError(f"{message}; encode this geometry with data_prep/encode_latents.py")
+            raise UserError(f"{message}\n" + explain_differences(nearest.differences(fingerprint), self.path))
+        differences = self.fingerprints[name].differences(fingerprint)
+        if differences:
+            raise UserError(explain_differences(differences, self.path))
+
+    def geometries(self) -> list[Geometry]:
+        """Geometries of the store, sorted by name."""
+        return [self.fingerprints[name].geometry for name in sorted(self.fingerprints)]
+
+    # -- files ----------------------------------------------------------------------------------------------
+
+    @property
+    def index_path(self) -> Path:
+        return self.path / "index.jsonl"
+
+    @property
+    def empty_prompt_path(self) -> Path:
+        return self.path / "empty_prompt.safetensors"
+
+    def clip_path(self, clip_id: str, geometry: Geometry) -> Path:
+        """File of one clip; the first three hex digits spread a million clips over 4096 folders."""
+        return self.path / "clips" / geometry.name / clip_id[:3] / f"{clip_id}.safetensors"
+
+    def write_clip(
+        self, clip_id: str, geometry: Geometry, moments_CTHW: Tensor, text_LC: Tensor, caption: str
+    ) -> IndexEntry:
+        """Write one clip whole or not at all and return its index entry.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+        tensors = {"moments": moments_CTHW, "text": text_LC}
+        content = {
+            "caption": caption,
+            "clip_id": clip_id,
+            "fingerprint": self.fingerprints[geometry.name].digest(),
+            "geometry": geometry.name,
+        }
+        data, sha256 = _encode_file(tensors, content)
+        atomic_write_bytes(self.clip_path(clip_id, geometry), data)
+        return IndexEntry(geometry.name, clip_id, len(data), sha256, caption_digest(caption))
+
+    def write_empty_prompt(self, text_LC: Tensor) -> None:
+        """Write the embedding of the empty prompt, (L, C)."""
+        data, _ = _encode_file({"text": text_LC}, {"caption": ""})
+        atomic_write_bytes(self.empty_prompt_path, data)
+
+    def empty_prompt(self, verify: bool = True) -> Tensor:
+        """Embedding of the empty prompt, (L, C), memory-mapped.
+
+        Raises:
+            CorruptLatent: the file is missing or damaged.
+        """
+        tensors, _ = _read_file(self.empty_prompt_path, verify)
+        return tensors["text"]
+
+    def read(self, clip_id: str, geometry: Geometry, verify: bool = True) -> StoredClip:
+        """Read one clip through a memory map.
+
+        Args:
+            verify: compare the tensors with their checksum (10 ms for 129 frames of 480x720).
+
+        Raises:
+            CorruptLatent: the file is missing, truncated, changed, or of another clip or fingerprint.
+        """
+        path = self.clip_path(clip_id, geometry)
+        tensors, content = _read_file(path, verify)
+        expected = {
+            "clip_id": clip_id,
+            "geometry": geometry.name,
+            "fingerprint": self.fingerprints[geometry.name].digest(),
+        }
+        for key, value in expected.items():
+            if content.get(key) != value:
+                raise CorruptLatent(
+                    f"{path}: {key} is {content.get(key)}, expected {value}; delete it and encode again"
+                )
+        return StoredClip(tensors["moments"], tensors["text"], content["caption"])
+
+    def read_entry(self, clip_id: str, geometry: Geometry) -> IndexEntry:
+        """Index entry of one clip from its file's header alone, without reading its tensors.
+
+        Raises:
+            CorruptLatent: the file is missing, truncated, or of another fingerprint.
+        """
+        path = self.clip_path(clip_id, geometry)
+        content = _read_content(path)
+        if content.get("clip_id") != clip_id or content.get("geometry") != geometry.name:
+            raise CorruptLatent(f"{path}: holds another clip; delete it and encode again")
+        if content.get("fingerprint") != self.fingerprints[geometry.name].digest():
+            raise CorruptLatent(f"{path}: made with another fingerprint; delete it and encode again")
+        return IndexEntry(
+            geometry.name,
+            clip_id,
+            path.stat().st_size,
+            content["sha256"],
+            caption_digest(content["caption"]),
+        )
+
+    def clip_ids_on_disk(self, geometry: Geometry) -> Iterator[str]:
+        """Ids of all latent files of a geometry, indexed or not, sorted."""
+        folder = self.path / "clips" / geometry.name
+        if not folder.is_dir():
+            return
+        for shard in sorted(folder.iterdir()):
+            if shard.is_dir():
+                yield from sorted(p.stem for p in shard.iterdir() if is_latent_file(p))
+
+    # -- index ----------------------------------------------------------------------------------------------
+
+    def read_index(self) -> dict[tuple[str, str], IndexEntry]:
+        """Index entries by (geometry name, clip id); empty if there is no index yet.
+
+        Raises:
+            UserError: a line is damaged.
+        """
+        entries: dict[tuple[str, str], IndexEntry] = {}
+        if not self.index_path.exists():
+            return entries
+        with open(self.index_path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    entry = IndexEntry(**json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise UserError(
+                        f"{self.index_path} line {number} is damaged ({error}); repair it with "
+                        f"python -m exvideo_train.latents verify latents={self.path}"
+                    ) from error
+                entries[entry.geometry, entry.clip_id] = entry
+        return entries
+
+    def write_index(self, entries: Iterable[IndexEntry]) -> None:
+        """Replace the index; lines are sorted by geometry and clip id."""
+        lines = [json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in sorted(entries)]
+        atomic_write_text(self.index_path, "".join(lines))
+
+    def clip_ids(self, geometry: Geometry) -> list[str]:
+        """Sorted ids of the indexed clips of a geometry.
+
+        Raises:
+            UserError: there are none.
+        """
+        ids = sorted(clip_id for name, clip_id in self.read_index() if name == geometry.name)
+        if not ids:
+            held = ", ".join(sorted({name for name, _ in self.read_index()})) or "no finished clips"
+            raise UserError(
+                f"latents={self.path} has no clips of {geometry.name} in its index ({held}); "
+                "run data_prep/encode_latents.py to its end, or repair the index with "
+                f"python -m exvideo_train.latents verify latents={self.path}"
+            )
+        return ids
+
+
+def is_latent_file(path: Path) -> bool:
+    """False for the temporary files that a killed writer leaves."""
+    return path.suffix == ".safetensors" and not path.name.startswith(".")
+
+
+def caption_digest(caption: str) -> str:
+    """Short hex digest of a caption: a changed caption needs its clip encoded again."""
+    return hashlib.sha256(caption.encode()).hexdigest()[:16]
+
+
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes of tensors, in the order of their names."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _encode_file(tensors: dict[str, Tensor], content: dict[str, Any]) -> tuple[bytes, str]:
+    from safetensors.torch import save
+
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    sha256 = tensors_digest(ready)
+    metadata = {METADATA_KEY: json.dumps({**content, "sha256": sha256}, sort_keys=True)}
+    return save(ready, metadata), sha256
+
+
+def _read_content(path: Path) -> dict[str, Any]:
+    try:
+        header = read_safetensors_header(path)
+        content: dict[str, Any] = json.loads(header["__metadata__"][METADATA_KEY])
+    except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = str(error) if isinstance(error, UserError) else f"{path} is not a latent file ({error!r})"
+        raise CorruptLatent(f"{reason}; delete it and encode again") from error
+    return content
+
+
+def _read_file(path: Path, verify: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    content = _read_content(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise CorruptLatent(f"{path} cannot be read ({error}); delete it and encode again") from error
+    if verify and tensors_digest(tensors) != content.get("sha256"):
+        raise CorruptLatent(f"{path}: its tensors do not match their checksum; delete it and encode again")
+    return tensors, content
