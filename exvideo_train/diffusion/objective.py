@@ -15,18 +15,14 @@ from torch import Tensor
 from exvideo_train.diffusion.schedule import NoiseSchedule
 
 
-def add_noise(
-    schedule: NoiseSchedule, latents_BTCHW: Tensor, noise_BTCHW: Tensor, timesteps_B: Tensor
-) -> Tensor:
+def add_noise(schedule: NoiseSchedule, latents_BTCHW: Tensor, noise_BTCHW: Tensor, timesteps_B: Tensor) -> Tensor:
     """``sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise``, (B, T, C, H, W) float32."""
     signal_B1111 = _over_sample(schedule.signal_scale(timesteps_B))
     noise_B1111 = _over_sample(schedule.noise_scale(timesteps_B))
     return signal_B1111 * latents_BTCHW.float() + noise_B1111 * noise_BTCHW.float()
 
 
-def velocity_target(
-    schedule: NoiseSchedule, latents_BTCHW: Tensor, noise_BTCHW: Tensor, timesteps_B: Tensor
-) -> Tensor:
+def velocity_target(schedule: NoiseSchedule, latents_BTCHW: Tensor, noise_BTCHW: Tensor, timesteps_B: Tensor) -> Tensor:
     """``sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0``, (B, T, C, H, W) float32 (arXiv 2202.00512)."""
     signal_B1111 = _over_sample(schedule.signal_scale(timesteps_B))
     noise_B1111 = _over_sample(schedule.noise_scale(timesteps_B))
@@ -84,8 +80,8 @@ def draw(
 ) -> TrainingDraw:
     """Draw for the sample at one global position of the run.
 
-    The result is a function of the arguments alone: not of the rank, the number of ranks, the accumulation, or
-    what was drawn before, so a resumed or differently split run sees the same noise.
+    The result is a function of the arguments alone: not of the rank, the number of ranks, the accumulation, nor
+    of what was drawn before, so a resumed or differently split run sees the same noise.
 
     Args:
         seed: of the run.
@@ -98,12 +94,8 @@ def draw(
     return TrainingDraw(
         posterior_noise_TCHW=torch.randn(shape, generator=generator_for(seed, "posterior", position)),
         noise_TCHW=torch.randn(shape, generator=generator_for(seed, "noise", position)),
-        timestep=int(
-            torch.randint(num_train_timesteps, (), generator=generator_for(seed, "timestep", position))
-        ),
-        drop_caption=bool(
-            torch.rand((), generator=generator_for(seed, "caption", position)) < caption_dropout
-        ),
+        timestep=int(torch.randint(num_train_timesteps, (), generator=generator_for(seed, "timestep", position))),
+        drop_caption=bool(torch.rand((), generator=generator_for(seed, "caption", position)) < caption_dropout),
     )
 
 

@@ -48,9 +48,7 @@ class NoiseSchedule:
         Raises:
             UserError: the file is missing or broken, or describes a schedule that is not trained here.
         """
-        return cls.from_config(
-            _read_config(model_path), source=model_path / "scheduler" / "scheduler_config.json"
-        )
+        return cls.from_config(_read_config(model_path), source=model_path / "scheduler" / "scheduler_config.json")
 
     @classmethod
     def from_config(cls, config: dict[str, Any], source: Path | str = "scheduler config") -> NoiseSchedule:
@@ -64,9 +62,7 @@ class NoiseSchedule:
         alphas_cumprod = torch.cumprod(1.0 - _betas(fields, source), dim=0)
         shift = float(fields["snr_shift_scale"])
         if not shift > 0:
-            raise UserError(
-                f"{source}: snr_shift_scale={shift}: must be positive; 1.0 leaves the schedule as it is"
-            )
+            raise UserError(f"{source}: snr_shift_scale={shift}: must be positive; 1.0 leaves the schedule as it is")
         alphas_cumprod = alphas_cumprod / (shift + (1.0 - shift) * alphas_cumprod)
         if fields["rescale_betas_zero_snr"]:
             alphas_cumprod = _rescale_to_zero_terminal_snr(alphas_cumprod)
