@@ -1,7 +1,7 @@
 """The published models' configs, as data: for plans without a download, and as the mould of the tiny models.
 
-Facts of ``transformer/config.json``, ``vae/config.json`` and ``scheduler/scheduler_config.json`` of CogVideoX-2B and
-CogVideoX-5B (arXiv 2408.06072; https://huggingface.co/THUDM/CogVideoX-5b).
+Facts of ``transformer/config.json``, ``vae/config.json`` and ``scheduler/scheduler_config.json`` of CogVideoX-2B
+and CogVideoX-5B (arXiv 2408.06072; https://huggingface.co/THUDM/CogVideoX-5b).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A complete CogVideoX that fits in a few hundred kilobytes: the published classes and folder layout, random weights.
+"""A complete CogVideoX of one megabyte: the published classes and folder layout, random weights.
 
-For the demo and the tests: every program that reads a published CogVideoX reads this one, on a CPU, in seconds.
+For the demo and the tests: every program that reads a published CogVideoX reads this one, on a CPU, fast.
 
     python -m exvideo_train.backbones.cogvideox.tiny FOLDER --variant 5b --seed 0
 """
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 Variant = Literal["5b", "2b"]
 
-# Changes whenever the same variant and seed would give other files, so that an older folder is not taken for this one.
+# Goes up when the same variant and seed give other files: an older folder is not taken for a new one.
 LAYOUT_VERSION = 1
 MARKER_NAME = "tiny_model.json"
 
-# Latents of 8x12 are 64x96 pixels. With 16 text tokens, 49 and 129 frames give 328 and 808 tokens: both, and the
-# 4 heads, divide by the 2 and 4 ranks that sequence parallelism is tested on.
+# Latents of 8x12 are 64x96 pixels. With 16 text tokens, 49 and 129 frames give 328 and 808 tokens: both, and
+# the 4 heads, divide by the 2 and 4 ranks that sequence parallelism is tested on.
 _TRANSFORMER_SIZE: dict[str, Any] = {
     "attention_head_dim": 16,
     "max_text_seq_length": 16,
@@ -42,7 +42,7 @@ _TRANSFORMER_SIZE: dict[str, Any] = {
     "time_embed_dim": 32,
 }
 _NUM_LAYERS = {"5b": 3, "2b": 2}
-# Four levels, as published: 8x8 pixels and 4 frames a latent. Widths are what 129 frames on a CPU in seconds allow.
+# Four levels, as published: 8x8 pixels and 4 frames a latent. The widths let a CPU encode 129 frames in a second.
 _VAE_SIZE: dict[str, Any] = {
     "block_out_channels": [4, 4, 8, 8],
     "layers_per_block": 1,
@@ -55,8 +55,8 @@ _VAE_SIZE: dict[str, Any] = {
 def write_tiny_model(folder: Path | str, variant: Variant = "5b", seed: int = 0) -> Path:
     """Write a tiny CogVideoX in the published layout and return its folder.
 
-    ``transformer/`` and ``text_encoder/`` are sharded safetensors with an index. The 5b variant is rotary, bf16 and
-    scales latents by 0.7; the 2b variant has sin-cos positions, fp16 weights and scales by 1.15258426: as published.
+    ``transformer/`` and ``text_encoder/`` are sharded safetensors with an index. As published, the 5b variant is
+    rotary, bf16 and scales latents by 0.7; the 2b variant has sin-cos positions, is fp16 and scales by 1.15258426.
     The whole folder appears at once; one that already holds the same tiny model is left as it is.
 
     Args:
@@ -79,9 +79,7 @@ def write_tiny_model(folder: Path | str, variant: Variant = "5b", seed: int = 0)
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise UserError(
-            f"folder={folder}: cannot be written ({error.strerror}); choose a writable folder"
-        ) from error
+        raise UserError(f"folder={folder}: cannot be written ({error.strerror}); choose a writable folder") from error
     try:
         _write_parts(staging, variant, seed)
         atomic_write_json(staging / MARKER_NAME, marker)
@@ -103,7 +101,7 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def _make_readable(folder: Path) -> None:
-    # Temporary folders, and safetensors written by the libraries, are closed to other users; a model folder is not.
+    # Temporary folders, and safetensors that the libraries write, are closed to other users.
     folder.chmod(0o755)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
@@ -112,7 +110,7 @@ def _make_readable(folder: Path) -> None:
 def _write_parts(folder: Path, variant: Variant, seed: int) -> None:
     import torch
 
-    # The generator's state is the caller's: a demo or test must not draw other numbers because a model was written.
+    # The caller must not draw other random numbers because a model was written.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vocabulary_size = write_tokenizer(folder / "tokenizer")
@@ -158,7 +156,7 @@ def _write_text_encoder(folder: Path, variant: Variant, vocabulary_size: int) ->
     from transformers import T5Config, T5EncoderModel
 
     # t5-v1_1-xxl's shape at a small size: gated GELU, 2 blocks for 24.
-    config = T5Config(
+    config = T5Config(  # type: ignore[call-arg]
         vocab_size=vocabulary_size,
         d_model=_TRANSFORMER_SIZE["text_embed_dim"],
         d_kv=8,
@@ -185,10 +183,10 @@ def _saved_dtype(model: Any, variant: Variant) -> Any:
     return torch.nn.Module.to(model, torch.bfloat16 if variant == "5b" else torch.float16)
 
 
-def randomize(model: nn.Module) -> None:
-    """Draw every parameter anew so that none is zero, one or shared by symmetry; matrices keep their input's scale.
+def randomize(model: nn.Module | Any) -> None:
+    """Draw every parameter anew so that none is zero or one; matrices keep their input's scale.
 
-    Libraries initialise biases and gates with zeros and norms with ones: a wrong use of those would go unseen.
+    Libraries initialise biases with zeros and norms with ones: a wrong use of those would go unseen.
     """
     import torch
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from exvideo_train.files import atomic_write_bytes, atomic_write_json
 
-# Pieces learned from the text below; small, because T5's embedding is by far the largest of the tiny matrices.
+# Pieces learned from the text below; few, because T5's embedding is the largest of the tiny matrices.
 NUM_PIECES = 180
 # T5's sentinels <extra_id_0..99> follow the pieces.
 NUM_SENTINELS = 100
 
 _SUBJECTS = (
-    "a large grey rabbit", "a brown fox", "two children", "an old fisherman", "a red butterfly", "a small white dog",
-    "the camera", "a woman in a yellow coat", "a train", "a flock of birds",
+    "a large grey rabbit", "a brown fox", "two children", "an old fisherman", "a red butterfly",
+    "a small white dog", "the camera", "a woman in a yellow coat", "a train", "a flock of birds",
 )  # fmt: skip
 _ACTIONS = (
     "walks slowly through", "runs across", "looks up at", "moves over", "jumps into", "turns around in",
@@ -28,15 +28,13 @@ _PLACES = (
 
 
 def _captions() -> list[str]:
-    sentences = [
-        f"{subject} {action} {place}." for subject in _SUBJECTS for action in _ACTIONS for place in _PLACES
-    ]
+    sentences = [f"{subject} {action} {place}." for subject in _SUBJECTS for action in _ACTIONS for place in _PLACES]
     # Every printable character once, so that no prompt in Latin script falls apart into unknown pieces.
     return [*sentences, *(sentence.capitalize() for sentence in sentences), "".join(map(chr, range(33, 127)))]
 
 
 def write_tokenizer(folder: Path) -> int:
-    """Train and write ``tokenizer/`` in T5's published layout; return the size of its vocabulary, sentinels included.
+    """Train and write ``tokenizer/`` in T5's published layout; return its vocabulary's size with sentinels.
 
     Deterministic: the same text and one thread give the same pieces.
     """

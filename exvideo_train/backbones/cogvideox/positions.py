@@ -1,0 +1,141 @@
+"""Where a token is in the video: rotary tables (5B), sin-cos embeddings (2B), and the timestep's sinusoid.
+
+Tables are computed when they are needed, on the device that needs them: any length and size, nothing in the
+checkpoint, nothing to break on the meta device; the cost is a few small kernels a forward.
+
+Axis letters: B batch, T latent frames, H and W patch rows and columns, L text tokens, S joint sequence (text, then
+video in T, H, W order), D head dim, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROTARY_THETA = 10_000.0
+SINUSOID_PERIOD = 10_000.0
+
+
+def resize_and_crop_span(grid_H: int, grid_W: int, base_H: int, base_W: int) -> tuple[float, float, float, float]:
+    """Place a grid of patches on the base grid that the model was trained on: (top, left, bottom, right).
+
+    The grid is scaled to fit inside the base grid with its aspect kept, and centred: positions stay in the range seen
+    in training whatever the size. Rounded to whole base patches, as the published pipeline does.
+    """
+    if grid_H / grid_W > base_H / base_W:
+        height, width = base_H, round(base_H / grid_H * grid_W)
+    else:
+        height, width = round(base_W / grid_W * grid_H), base_W
+    top = round((base_H - height) / 2.0)
+    left = round((base_W - width) / 2.0)
+    return top, left, top + height, left + width
+
+
+def _axis_rotary(positions: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Cos and sin (positions, dim); neighbouring channels are the two parts of one rotated pair."""
+    channels = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
+    angles = torch.outer(positions, 1.0 / ROTARY_THETA ** (channels / dim))
+    return angles.cos().repeat_interleave(2, dim=1), angles.sin().repeat_interleave(2, dim=1)
+
+
+def rotary_tables(
+    *,
+    num_text_tokens: int,
+    grid_THW: tuple[int, int, int],
+    base_HW: tuple[int, int],
+    head_dim: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Cos and sin of the whole joint sequence, fp32 (S, D); text tokens are not rotated: cos 1, sin 0.
+
+    A quarter of the head dim encodes time, three eighths each rows and columns. Time positions are the latent frames'
+    plain numbers, unscaled; rows and columns lie on the base grid (see `resize_and_crop_span`).
+    """
+    T, H, W = grid_THW
+    top, left, bottom, right = resize_and_crop_span(H, W, *base_HW)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    # The far edge is excluded, as for a grid of cells: at the base size the positions are the whole numbers.
+    rows = torch.linspace(top, bottom * (H - 1) / H, H, **options)
+    columns = torch.linspace(left, right * (W - 1) / W, W, **options)
+    frames = torch.arange(T, **options)
+    tables_T = _axis_rotary(frames, head_dim // 4)
+    tables_H = _axis_rotary(rows, head_dim // 8 * 3)
+    tables_W = _axis_rotary(columns, head_dim // 8 * 3)
+    cos_SD, sin_SD = (
+        torch.cat(
+            [
+                torch.full((num_text_tokens, head_dim), text_value, **options),
+                _combine_axes(by_frame, by_row, by_column),
+            ]
+        )
+        for text_value, by_frame, by_row, by_column in zip((1.0, 0.0), tables_T, tables_H, tables_W, strict=True)
+    )
+    return cos_SD, sin_SD
+
+
+def _combine_axes(by_frame: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """One row a video token: (T, a), (H, b), (W, c) -> (T*H*W, a+b+c)."""
+    T, H, W = by_frame.shape[0], by_row.shape[0], by_column.shape[0]
+    return torch.cat(
+        [
+            by_frame[:, None, None].expand(T, H, W, -1),
+            by_row[None, :, None].expand(T, H, W, -1),
+            by_column[None, None, :].expand(T, H, W, -1),
+        ],
+        dim=-1,
+    ).flatten(0, 2)
+
+
+def rotate(x_BNSD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+    """Rotate each pair of neighbouring channels, in fp32 whatever the input; the result is fp32."""
+    x = x_BNSD.float()
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+    return x * cos_SD + turned * sin_SD
+
+
+def _axis_sincos(positions: Tensor, dim: int) -> Tensor:
+    """Sines, then cosines, of falling frequency: (positions, dim), fp64."""
+    frequencies = torch.arange(dim // 2, dtype=torch.float64, device=positions.device) / (dim / 2)
+    angles = torch.outer(positions, 1.0 / SINUSOID_PERIOD**frequencies)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_embedding(
+    *,
+    num_text_tokens: int,
+    grid_THW: tuple[int, int, int],
+    num_channels: int,
+    spatial_scale: float,
+    temporal_scale: float,
+    device: torch.device,
+) -> Tensor:
+    """Fixed position embedding of the whole joint sequence, fp32 (S, C); zero on text tokens.
+
+    A quarter of the channels encodes time, three eighths each columns, then rows, in the published order. Positions
+    are divided by the config's interpolation scales and otherwise unbounded: any length and size continue the grid.
+    """
+    T, H, W = grid_THW
+    options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    by_frame = _axis_sincos(torch.arange(T, **options) / temporal_scale, num_channels // 4)
+    by_row = _axis_sincos(torch.arange(H, **options) / spatial_scale, num_channels // 8 * 3)
+    by_column = _axis_sincos(torch.arange(W, **options) / spatial_scale, num_channels // 8 * 3)
+    # Rows and columns change places: the published embedding has the columns' channels first.
+    by_time, rows, columns = _combine_axes(by_frame.float(), by_row.float(), by_column.float()).split(
+        [by_frame.shape[1], by_row.shape[1], by_column.shape[1]], dim=1
+    )
+    text = torch.zeros(num_text_tokens, num_channels, dtype=torch.float32, device=device)
+    return torch.cat([text, torch.cat([by_time, columns, rows], dim=1)])
+
+
+def timestep_sinusoid(timesteps_B: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """Sinusoidal embedding of the diffusion timestep, fp32 (B, dim); cosines first when flipped, as published."""
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=timesteps_B.device)
+    frequencies = torch.exp(-math.log(SINUSOID_PERIOD) * steps / (half - freq_shift))
+    angles = timesteps_B[:, None].float() * frequencies
+    parts = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
+    return torch.cat(parts, dim=-1)
