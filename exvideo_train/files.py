@@ -74,10 +74,25 @@ def atomic_write_json(path: Path, content: Any) -> None:
 def atomic_save_safetensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Save tensors whole or not at all; metadata values must be strings."""
+    """Save tensors whole or not at all, equal content as equal bytes; metadata values must be strings."""
     from safetensors.torch import save
 
-    atomic_write_bytes(path, save(dict(tensors), dict(metadata) if metadata is not None else None))
+    content = memoryview(save(dict(tensors), dict(metadata) if metadata is not None else None))
+    (length,) = struct.unpack("<Q", content[:8])
+    # The library writes metadata in the order of a hash table, which differs between runs.
+    header = json.loads(bytes(content[8 : 8 + length]))
+    ordered = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    ordered |= {name: entry for name, entry in header.items() if name != "__metadata__"}
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as stream:
+            stream.write(struct.pack("<Q", len(text)))
+            stream.write(text)
+            stream.write(content[8 + length :])
+
+    atomic_write(path, write)
 
 
 def sha256_file(path: Path) -> str:

@@ -1,0 +1,98 @@
+"""Exported adapters in the programs that they are written for."""
+
+import json
+
+import pytest
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from exvideo_train.adapters.formats import write_adapter
+from exvideo_train.adapters.lora import LoraSettings, apply_lora, lora_layers, lora_parameters, lora_state
+from exvideo_train.files import read_safetensors_header
+
+TARGETS = (
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "norm1.linear",
+    "norm2.linear",
+)
+RANK, ALPHA = 4, 10.0
+SETTINGS = LoraSettings(RANK, ALPHA, TARGETS)
+
+
+def load_reference(model_path):
+    return CogVideoXTransformer3DModel.from_pretrained(model_path / "transformer", torch_dtype=torch.float32).eval()
+
+
+def train(model):
+    """Stand in for training: B becomes something that changes the output visibly."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model).items():
+            if "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("format", ["diffusers", "comfyui"])
+def test_diffusers_loads_the_file_and_computes_the_same(tiny_model_5b, tmp_path, format):
+    path = tmp_path / "adapter.safetensors"
+    ours = train(apply_lora(load_reference(tiny_model_5b), SETTINGS, seed=6))
+    write_adapter(path, format, lora_state(ours), RANK, ALPHA, TARGETS, {"steps": 1})
+
+    pipeline = CogVideoXPipeline.from_pretrained(tiny_model_5b, torch_dtype=torch.float32)
+    theirs = pipeline.transformer
+    config = theirs.config
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "hidden_states": torch.randn(1, 5, config.in_channels, 8, 12, generator=generator),
+        "encoder_hidden_states": torch.randn(1, config.max_text_seq_length, config.text_embed_dim, generator=generator),
+        "timestep": torch.tensor([300]),
+        "image_rotary_emb": pipeline._prepare_rotary_positional_embeddings(64, 96, 5, torch.device("cpu")),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        base = theirs(**inputs)[0]
+        pipeline.load_lora_weights(path)
+        adapted, expected = theirs(**inputs)[0], ours(**inputs)[0]
+    assert (adapted - base).abs().max() > 1e-2 * base.abs().max()
+    torch.testing.assert_close(adapted, expected, rtol=1e-5, atol=1e-5)
+    assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == len(lora_layers(ours))
+
+
+def test_metadata_is_a_peft_config(tiny_model_5b, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    ours = apply_lora(load_reference(tiny_model_5b), SETTINGS, seed=6)
+    write_adapter(path, "diffusers", lora_state(ours), RANK, ALPHA, TARGETS, {})
+    metadata = json.loads(read_safetensors_header(path)["__metadata__"]["lora_adapter_metadata"])
+    config = LoraConfig(**{name.removeprefix("transformer."): value for name, value in metadata.items()})
+    assert (config.r, config.lora_alpha, set(config.target_modules)) == (RANK, ALPHA, set(TARGETS))
+
+
+def test_diffsynth_delta_is_the_merge_of_peft(tiny_model_5b, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    reference = load_reference(tiny_model_5b).state_dict()
+    ours = train(apply_lora(load_reference(tiny_model_5b), SETTINGS, seed=6))
+    write_adapter(path, "diffsynth", lora_state(ours), RANK, ALPHA, TARGETS, {})
+    # As DiffSynth-Studio 1.1.9 does (models/lora.py): names without lora and adapter, B @ A with strength 1.
+    content = load_file(path)
+    added = {
+        name.replace(".lora_B.default", ""): up @ content[name.replace("lora_B", "lora_A")]
+        for name, up in content.items()
+        if ".lora_B." in name
+    }
+    layers = lora_layers(ours)
+    assert len(added) == len(layers)
+    for name, layer in layers.items():
+        layer.merge()
+        merged = layer.get_base_layer().weight - reference[f"{name}.weight"]
+        theirs = name.replace("transformer_blocks", "blocks").replace("to_out.0", "to_out").replace("net.", "")
+        theirs = theirs.replace("ff.0.proj", "ff.0") + ".weight"
+        assert merged.abs().max() > 1e-3
+        torch.testing.assert_close(added[theirs], merged, rtol=0, atol=1e-6)
