@@ -1,0 +1,239 @@
+"""Opening a video, whether a file or a member of a tar shard, and saying exactly why one cannot be read."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exvideo_train.clips.record import TAR_SEPARATOR
+
+if TYPE_CHECKING:
+    import av.container
+    import av.video.stream
+
+
+class Reason(str, Enum):
+    """Why a clip cannot be read; the values are stable words that reports and quarantine lists use."""
+
+    MISSING = "missing"
+    """No such file, shard or member."""
+    NOT_A_FILE = "not_a_file"
+    """A folder, a pipe or a device."""
+    PERMISSION = "permission"
+    """The file may not be read."""
+    READ_ERROR = "read_error"
+    """The disk or network file system failed."""
+    EMPTY_FILE = "empty_file"
+    """Zero bytes."""
+    NOT_VIDEO = "not_video"
+    """Not a media file, whatever its name says."""
+    TRUNCATED = "truncated"
+    """The file ends before what its header promises."""
+    NO_VIDEO_STREAM = "no_video_stream"
+    """Media without video, e.g. audio only."""
+    UNSUPPORTED_CODEC = "unsupported_codec"
+    """No decoder for its codec."""
+    BAD_SPAN = "bad_span"
+    """The span is negative, empty or reversed."""
+    SPAN_PAST_END = "span_past_end"
+    """The span reaches beyond the end of the video."""
+    TOO_SHORT = "too_short"
+    """The span, or the video, is shorter than the frames asked for."""
+    CORRUPT = "corrupt"
+    """Damaged inside: packets that do not decode."""
+    TIMEOUT = "timeout"
+    """Decoding took longer than allowed; set by whoever watches the worker."""
+    WORKER_DIED = "worker_died"
+    """The decoder killed its process; set by whoever watches the worker."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class UnreadableClip(Exception):
+    """A clip that cannot be read; `reason` is a word of `Reason`, `detail` says more for a person."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = str(reason)
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video's header says. Width and height are as shown (rotation and pixel aspect applied)."""
+
+    fps: float
+    width: int
+    height: int
+    duration_seconds: float | None
+    codec: str
+
+
+def split_video(video: str) -> tuple[str, str | None]:
+    """``shard.tar::member`` as its two parts; a plain path has no member."""
+    path, separator, member = video.rpartition(TAR_SEPARATOR)
+    if separator and path.endswith(".tar"):
+        return path, member
+    return video, None
+
+
+@lru_cache(maxsize=16)
+def _tar_members(path: str, _size: int, _modified: int) -> dict[str, tuple[int, int]]:
+    """Offset and size of every regular member; cached because the clips of a shard are read one after another."""
+    with tarfile.open(path, "r:") as shard:
+        return {entry.name: (entry.offset_data, entry.size) for entry in shard if entry.isreg()}
+
+
+def _check_file(path: str) -> os.stat_result:
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnreadableClip(Reason.MISSING, f"{path} does not exist") from None
+    except PermissionError:
+        raise UnreadableClip(Reason.PERMISSION, f"{path} may not be read") from None
+    except OSError as error:
+        raise UnreadableClip(Reason.READ_ERROR, f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableClip(Reason.NOT_A_FILE, f"{path} is not a regular file")
+    if not os.access(path, os.R_OK):
+        raise UnreadableClip(Reason.PERMISSION, f"{path} may not be read")
+    if status.st_size == 0:
+        raise UnreadableClip(Reason.EMPTY_FILE, f"{path} has 0 bytes")
+    return status
+
+
+def read_member(path: str, member: str) -> bytes:
+    """Content of one member of a tar shard, without unpacking the rest.
+
+    Raises:
+        UnreadableClip: the shard or member is missing, empty, damaged or may not be read.
+    """
+    status = _check_file(path)
+    try:
+        members = _tar_members(path, status.st_size, status.st_mtime_ns)
+    except (tarfile.TarError, EOFError) as error:
+        raise UnreadableClip(Reason.CORRUPT, f"{path} is not a whole tar file ({error})") from None
+    if member not in members:
+        raise UnreadableClip(Reason.MISSING, f"{path} has no member {member}")
+    offset, size = members[member]
+    if size == 0:
+        raise UnreadableClip(Reason.EMPTY_FILE, f"{path}{TAR_SEPARATOR}{member} has 0 bytes")
+    with open(path, "rb") as stream:
+        stream.seek(offset)
+        content = stream.read(size)
+    if len(content) != size:
+        raise UnreadableClip(Reason.TRUNCATED, f"{path} ends inside member {member}")
+    return content
+
+
+@contextmanager
+def open_video(video: str) -> Iterator[tuple[av.container.InputContainer, av.video.stream.VideoStream]]:
+    """The opened container and its main video stream, closed again on leaving.
+
+    Raises:
+        UnreadableClip: with the reason why not.
+    """
+    import av
+
+    path, member = split_video(video)
+    if member is None:
+        _check_file(path)
+        source: Any = path
+    else:
+        source = io.BytesIO(read_member(path, member))
+    try:
+        container = av.open(source, mode="r", metadata_errors="replace")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise _why_not_opened(error, video, source) from None
+    try:
+        stream = _main_video_stream(container)
+        if stream is None:
+            kinds = ", ".join(sorted({entry.type for entry in container.streams})) or "nothing"
+            raise UnreadableClip(Reason.NO_VIDEO_STREAM, f"{video} holds {kinds}")
+        if stream.codec_context is None:
+            raise UnreadableClip(Reason.UNSUPPORTED_CODEC, f"{video} has a codec without a decoder")
+        yield container, stream
+    finally:
+        container.close()
+
+
+def _main_video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream | None:
+    from av.stream import Disposition
+
+    for stream in container.streams.video:
+        # Cover art of an audio file is a "video" of one picture.
+        if not stream.disposition & Disposition.attached_pic:
+            return stream
+    return None
+
+
+def _why_not_opened(error: Exception, video: str, source: object) -> UnreadableClip:
+    code = getattr(error, "errno", None)
+    if code in (errno.EACCES, errno.EPERM):
+        return UnreadableClip(Reason.PERMISSION, f"{video} may not be read")
+    if code in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+        return UnreadableClip(Reason.READ_ERROR, f"{video}: {error}")
+    head = source.getvalue()[:64] if isinstance(source, io.BytesIO) else _head(str(source))
+    if _is_media(head):
+        return UnreadableClip(
+            Reason.TRUNCATED, f"{video} begins as a video but its index is missing or cut off"
+        )
+    return UnreadableClip(Reason.NOT_VIDEO, f"{video} is not a video file")
+
+
+def _head(path: str) -> bytes:
+    with open(Path(path), "rb") as stream:
+        return stream.read(64)
+
+
+def _is_media(head: bytes) -> bool:
+    """Whether the first bytes are those of MP4/MOV, Matroska/WebM, AVI, FLV, MPEG-TS or MPEG-PS."""
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+        return True
+    return head.startswith((b"\x1aE\xdf\xa3", b"RIFF", b"FLV", b"\x00\x00\x01\xba")) or (
+        head[:1] == b"\x47" and len(head) < 189
+    )
+
+
+def stream_fps(stream: av.video.stream.VideoStream) -> float:
+    """Average frames a second, 0 when the header does not say."""
+    rate = stream.average_rate or stream.guessed_rate or stream.base_rate
+    return float(rate) if rate else 0.0
+
+
+def quarter_turn(degrees: int) -> int:
+    """Rotation metadata rounded to 0, 90, 180 or 270 degrees counter-clockwise that bring a picture upright."""
+    return round(degrees / 90) * 90 % 360
+
+
+def shown_size(stream: av.video.stream.VideoStream, rotation: int) -> tuple[float, float]:
+    """Width and height in square pixels as a player shows them."""
+    aspect = stream.sample_aspect_ratio
+    width = stream.width * (float(aspect) if aspect else 1.0)
+    height = float(stream.height)
+    return (height, width) if rotation in (90, 270) else (width, height)
+
+
+def stream_duration(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream
+) -> float | None:
+    """Length of the video stream in seconds as the header says; None when it does not."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    if container.duration:
+        return float(container.duration) / 1_000_000
+    return None

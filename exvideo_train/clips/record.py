@@ -1,0 +1,212 @@
+"""One clip of a data set, and the JSON-lines manifest that lists them.
+
+A manifest is a text file with one JSON object a line. It is read and written one line at a time, so that its
+length is never a matter of memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from exvideo_train.errors import UserError
+from exvideo_train.files import atomic_write
+
+# Separates a tar shard from its member in `ClipRecord.video`, as in "/data/00000.tar::0000000_00000.mp4".
+TAR_SEPARATOR = "::"
+_ID_DIGITS = 32
+_OPTIONAL_NUMBERS = ("fps", "duration_seconds")
+_OPTIONAL_INTEGERS = ("width", "height")
+
+
+@dataclass(frozen=True)
+class ClipRecord:
+    """A span of a video with its caption.
+
+    Args:
+        clip_id: stable hex digest of source, video and span; see `make_clip_id`.
+        source: the kind of data set it came from, e.g. ``internvid``.
+        video: path of the video file, or ``shard.tar::member`` for a video inside a tar shard.
+        start_seconds: beginning of the span, counted from the video's first frame.
+        end_seconds: end of the span, None for the end of the video.
+        caption: text, may be empty (filtering can drop such clips).
+        scores: what the data set says about the clip, e.g. ``{"aesthetic": 5.1}``.
+        fps, width, height, duration_seconds, codec: what probing found, None until probed. Width and height are as
+            shown, rotation included; duration_seconds is the span's, not the file's.
+    """
+
+    clip_id: str
+    source: str
+    video: str
+    start_seconds: float
+    end_seconds: float | None
+    caption: str
+    scores: dict[str, float] = field(default_factory=dict)
+    fps: float | None = None
+    width: int | None = None
+    height: int | None = None
+    duration_seconds: float | None = None
+    codec: str | None = None
+
+    @property
+    def span_seconds(self) -> float | None:
+        """Length of the span as far as it is known: from its ends, or else from probing."""
+        if self.end_seconds is not None:
+            return self.end_seconds - self.start_seconds
+        return self.duration_seconds
+
+    def to_json(self) -> str:
+        """One manifest line without its newline; equal records give equal text."""
+        content = {name: getattr(self, name) for name in _FIELD_NAMES}
+        content = {name: value for name, value in content.items() if value is not None}
+        content["scores"] = dict(sorted(self.scores.items()))
+        return json.dumps(content, ensure_ascii=False)
+
+
+_FIELD_NAMES = tuple(entry.name for entry in fields(ClipRecord))
+
+
+def make_clip_id(source: str, video_key: str, start_seconds: float, end_seconds: float | None) -> str:
+    """Stable id of a clip: 32 hex digits from source, video and span.
+
+    Args:
+        source: kind of data set.
+        video_key: what names the video within that kind wherever its file lies (a YouTube id), or its absolute path
+            where there is no such name. Never a bare file stem: those repeat.
+        start_seconds, end_seconds: span; counted in whole milliseconds, the finest that data sets publish.
+    """
+    end_ms = None if end_seconds is None else round(end_seconds * 1000)
+    content = json.dumps([source, video_key, round(start_seconds * 1000), end_ms])
+    return hashlib.sha256(content.encode()).hexdigest()[:_ID_DIGITS]
+
+
+def write_manifest(path: Path, records: Iterable[ClipRecord]) -> int:
+    """Write a manifest whole or not at all, one record at a time; returns the number of records.
+
+    Raises:
+        UserError: the target cannot be written.
+    """
+    count = 0
+
+    def write(temporary: Path) -> None:
+        nonlocal count
+        with open(temporary, "w", encoding="utf-8") as stream:
+            for record in records:
+                stream.write(record.to_json() + "\n")
+                count += 1
+
+    atomic_write(Path(path), write)
+    return count
+
+
+def read_manifest(path: Path) -> Iterator[ClipRecord]:
+    """Records of a manifest in file order, read as they are asked for.
+
+    A relative ``video`` is taken relative to the manifest's folder, so that a manifest can travel with its videos.
+    The first record is checked before this function returns.
+
+    Raises:
+        UserError: the manifest is missing, empty or unreadable (at once), or a line is malformed (when reached);
+            the message names the file and the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"manifest={path} does not exist; write it with data_prep/build_manifest.py")
+    records = _read_lines(path)
+    first = next(records, None)
+    if first is None:
+        raise UserError(f"manifest={path} holds no clips; write it again with data_prep/build_manifest.py")
+    return _chain(first, records)
+
+
+def _chain(first: ClipRecord, rest: Iterator[ClipRecord]) -> Iterator[ClipRecord]:
+    yield first
+    yield from rest
+
+
+def _read_lines(path: Path) -> Iterator[ClipRecord]:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield parse_record(line, path, number)
+    except UnicodeDecodeError as error:
+        raise UserError(f"manifest={path} is not UTF-8 text ({error}); write it again") from None
+    except OSError as error:
+        raise UserError(f"manifest={path} cannot be read: {error.strerror}") from None
+
+
+def parse_record(line: str, path: Path, number: int) -> ClipRecord:
+    """One manifest line as a record; `path` and `number` are for the message.
+
+    Raises:
+        UserError: the line is not JSON, or a field is missing, unknown or of the wrong type.
+    """
+    where = f"manifest={path} line {number}"
+    remedy = "write the manifest with data_prep/build_manifest.py"
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not a JSON object ({error}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: not a JSON object but {type(content).__name__}; {remedy}")
+    try:
+        return _record_from(content, path.parent)
+    except (KeyError, TypeError, ValueError) as error:
+        message = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{where}: {message}; {remedy}") from None
+
+
+def _record_from(content: Mapping[str, Any], folder: Path) -> ClipRecord:
+    unknown = sorted(set(content) - set(_FIELD_NAMES))
+    if unknown:
+        raise ValueError(f"unknown field {', '.join(unknown)}")
+    for name in ("clip_id", "source", "video", "caption"):
+        if not isinstance(content[name], str):
+            raise ValueError(f"{name}={content[name]!r} must be text")
+    clip_id = content["clip_id"]
+    # The id becomes a file name: nothing that could lead out of a folder.
+    if len(clip_id) < 3 or not clip_id.isascii() or not clip_id.replace("-", "").replace("_", "").isalnum():
+        raise ValueError(f"clip_id={clip_id!r} must be 3 or more letters, digits, - or _")
+    if not content["video"]:
+        raise ValueError("video is empty")
+    scores = content.get("scores", {})
+    if not isinstance(scores, dict):
+        raise ValueError(f"scores={scores!r} must be an object of numbers")
+    start = _number("start_seconds", content["start_seconds"])
+    end = _optional_number("end_seconds", content)
+    codec = content.get("codec")
+    if codec is not None and not isinstance(codec, str):
+        raise ValueError(f"codec={codec!r} must be text")
+    width, height = (_optional_number(name, content) for name in _OPTIONAL_INTEGERS)
+    fps, duration = (_optional_number(name, content) for name in _OPTIONAL_NUMBERS)
+    return ClipRecord(
+        clip_id=clip_id,
+        source=content["source"],
+        video=str(folder / content["video"]),
+        start_seconds=start,
+        end_seconds=end,
+        caption=content["caption"],
+        scores={str(name): _number(f"scores.{name}", value) for name, value in scores.items()},
+        fps=fps,
+        width=None if width is None else int(width),
+        height=None if height is None else int(height),
+        duration_seconds=duration,
+        codec=codec,
+    )
+
+
+def _optional_number(name: str, content: Mapping[str, Any]) -> float | None:
+    value = content.get(name)
+    return None if value is None else _number(name, value)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a number")
+    return float(value)
