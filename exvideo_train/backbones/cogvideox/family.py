@@ -1,0 +1,52 @@
+"""CogVideoX as the registry knows it."""
+
+from __future__ import annotations
+
+from exvideo_train.backbones.cogvideox import costs, published, weights
+from exvideo_train.backbones.cogvideox.model import CogVideoXBlock, CogVideoXConfig, CogVideoXDiT
+from exvideo_train.backbones.family import BackboneFamily
+
+
+def _text_length(config: CogVideoXConfig) -> int:
+    return config.max_text_seq_length
+
+
+def _num_base_frames(config: CogVideoXConfig) -> int:
+    return config.sample_frames
+
+
+def _published_config(hub_id: str) -> CogVideoXConfig | None:
+    fields = published.TRANSFORMER_BY_HUB_ID.get(hub_id)
+    return None if fields is None else weights.config_from_fields(fields, hub_id)
+
+
+COGVIDEOX: BackboneFamily[CogVideoXConfig] = BackboneFamily(
+    name="cogvideox",
+    class_name=weights.CLASS_NAME,
+    subfolder="transformer",
+    model_class=CogVideoXDiT,
+    block_class=CogVideoXBlock,
+    build=CogVideoXDiT,
+    read_config=weights.read_config,
+    load=weights.load,
+    published_config=_published_config,
+    default_lora_targets=(
+        "attn1.to_q",
+        "attn1.to_k",
+        "attn1.to_v",
+        "attn1.to_out.0",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "norm1.linear",
+        "norm2.linear",
+    ),
+    text_length=_text_length,
+    num_base_frames=_num_base_frames,
+    num_tokens=costs.num_tokens,
+    num_parameters=costs.num_parameters,
+    num_lora_parameters=costs.num_lora_parameters,
+    attention_flops=costs.attention_flops,
+    block_forward_flops=costs.block_forward_flops,
+    forward_flops=costs.forward_flops,
+    lora_forward_flops=costs.lora_forward_flops,
+)
