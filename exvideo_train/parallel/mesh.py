@@ -1,0 +1,121 @@
+"""Which rank works on which sample and on which slice of its sequence.
+
+World ranks are laid out data-parallel group by data-parallel group: ranks ``d * sequence_size ... d * sequence_size +
+sequence_size - 1`` share the samples of data rank ``d`` and, where possible, a node's fast links.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from exvideo_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place: data parallel times sequence parallel."""
+
+    rank: int
+    world_size: int
+    sequence_size: int
+    device: torch.device
+    sequence_group: dist.ProcessGroup | None = None
+    control_group: dist.ProcessGroup | None = None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a CPU tensor over all ranks; does not touch the device."""
+        if self.world_size > 1:
+            values = values.clone()
+            dist.all_reduce(values, group=self.control_group)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes; does not touch the device."""
+        return bool(self.sum(torch.tensor([float(flag)]))[0] > 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks, on the host."""
+        self.sum(torch.zeros(1))
+
+    @property
+    def data_size(self) -> int:
+        """Number of groups that work on different samples."""
+        return self.world_size // self.sequence_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which samples this rank works on."""
+        return self.rank // self.sequence_size
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which slice of the joint sequence this rank holds."""
+        return self.rank % self.sequence_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def check_mesh(world_size: int, sequence_size: int, num_heads: int) -> None:
+    """Raises UserError when the ranks or the heads cannot be divided by ``parallel.sequence``."""
+    if sequence_size < 1 or world_size % sequence_size:
+        raise UserError(
+            f"parallel.sequence={sequence_size} does not divide the {world_size} ranks that were started; "
+            f"start a multiple of {max(sequence_size, 1)} ranks or change parallel.sequence"
+        )
+    if num_heads % sequence_size:
+        raise UserError(
+            f"parallel.sequence={sequence_size} does not divide the model's {num_heads} attention heads; "
+            f"choose one of {[n for n in (1, 2, 3, 4, 6, 8, 12, 16) if num_heads % n == 0]}"
+        )
+
+
+def init_mesh(sequence_size: int, timeout_seconds: float) -> Mesh:
+    """Join the process group that the launcher (deepspeed, torchrun, srun) described in the environment.
+
+    A plain ``python launch/train.py`` is a world of one rank. NCCL on GPUs, gloo on CPUs.
+    """
+    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and "SLURM_NTASKS" in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if sequence_size < 1 or world_size % sequence_size:
+        check_mesh(world_size, sequence_size, num_heads=sequence_size)
+    group = None
+    if sequence_size > 1:
+        for start in range(0, world_size, sequence_size):
+            ranks = list(range(start, start + sequence_size))
+            created = dist.new_group(ranks, timeout=timedelta(seconds=timeout_seconds))
+            if rank in ranks:
+                group = created
+    # Small host-side agreements (stop? finite?) go over gloo, so that they never wait for the device.
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)) if world_size > 1 else None
+    return Mesh(rank, world_size, sequence_size, device, group, control)

@@ -1,0 +1,60 @@
+"""How a backbone is made to fit and to fly: every step from outside, in one function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from exvideo_train.config.experiment import Experiment
+from exvideo_train.parallel.activation_checkpointing import block_runner
+from exvideo_train.parallel.attention import choose_attention
+from exvideo_train.parallel.mesh import Mesh, check_mesh
+from exvideo_train.parallel.sequence import SequenceSplit
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What was done, for the log."""
+
+    attention_kernel: str
+
+
+def parallelize(backbone: nn.Module, config: Experiment, mesh: Mesh, compute_dtype: torch.dtype) -> Applied:
+    """Apply attention kernel, sequence parallelism, compilation and recomputation to a backbone with LoRA.
+
+    Args:
+        backbone: a network with ``blocks``, ``run_block``, ``split_sequence``, ``join_sequence`` and attention modules
+            with ``attend`` (see :mod:`exvideo_train.backbones.registry`); changed in place.
+        compute_dtype: what attention is computed in.
+
+    Raises:
+        UserError: the choices do not fit the ranks, the heads or the device.
+    """
+    attentions = [module for module in backbone.modules() if hasattr(module, "attend")]
+    num_heads, head_dim = attentions[0].num_heads, attentions[0].head_dim
+    check_mesh(mesh.world_size, mesh.sequence_size, num_heads)
+
+    # 1. The kernel first: the all-to-all wraps it.
+    attend, kernel = choose_attention(config.memory.attention, mesh.device, compute_dtype, num_heads, head_dim)
+
+    # 2. Sequence parallelism trades tokens for heads around the kernel, inside what is recomputed.
+    if mesh.sequence_group is not None:
+        split = SequenceSplit(mesh.sequence_group)
+        attend = split.attend_with(attend)
+        backbone.split_sequence = split.split  # type: ignore[assignment]
+        backbone.join_sequence = split.join  # type: ignore[assignment]
+    for attention in attentions:
+        attention.attend = attend  # type: ignore[assignment]
+
+    # 3. Compilation before recomputation: a compiled block inside a checkpoint keeps the policy's view of operators.
+    if config.memory.compile:
+        for block in backbone.blocks:  # type: ignore[union-attr]
+            block.compile()
+
+    # 4. Recomputation last and outermost, so that it sees the block as it will run.
+    runner = block_runner(config.memory.recompute, has_dropout=config.lora.dropout > 0)
+    if runner is not None:
+        backbone.run_block = runner  # type: ignore[assignment]
+    return Applied(kernel)

@@ -1,0 +1,293 @@
+"""Checkpoints: what is trained and nothing else, in safetensors and JSON, so that loading one can run no code.
+
+    checkpoints/step_00000250/
+        lora.safetensors            fp32 adapter, published names
+        exp_avg.safetensors         AdamW's moments, same names
+        exp_avg_sq.safetensors
+        ema.safetensors             if a moving average is kept
+        state.json                  step, data position, counters, config, sha256 of each file
+
+A folder appears under its name only when it is whole: it is written under a hidden name, flushed, then renamed. No
+random state is stored because none lives across steps: noise, timesteps and caption dropout are functions of seed and
+sample position, LoRA dropout of seed and step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from exvideo_train.errors import UserError
+from exvideo_train.files import sha256_file
+
+FORMAT_VERSION = 1
+STATE_FILE = "state.json"
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything about a run that is not a tensor.
+
+    Attributes:
+        step: optimizer steps finished, skipped updates included.
+        position: samples consumed: the global position of the next one.
+        num_updates: updates applied; step minus the skipped ones.
+        num_skipped: updates skipped for non-finite gradients.
+        config: the run's options as plain values.
+    """
+
+    step: int
+    position: int
+    num_updates: int
+    num_skipped: int
+    config: dict[str, Any]
+
+
+class CorruptCheckpoint(UserError):
+    """A checkpoint that is incomplete or whose content differs from its checksums."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint on disk."""
+
+    path: Path
+    state: TrainingState
+
+    def tensors(self, key: str) -> dict[str, Tensor]:
+        """All tensors of one file, fp32 on the CPU. ``key``: lora, exp_avg, exp_avg_sq or ema."""
+        with self.open(key) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def open(self, key: str) -> Any:
+        """One file, memory-mapped; raises UserError when the run kept no such tensors."""
+        path = self.path / f"{key}.safetensors"
+        if not path.exists():
+            raise UserError(
+                f"{path} does not exist: the run kept no {key}; use weights=raw, or optim.ema_decay=0 to resume"
+            )
+        return safe_open(path, framework="pt")
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Finished checkpoint folders, oldest first; unverified."""
+    return sorted((run_dir / "checkpoints").glob("step_[0-9]*"))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint.
+
+    Raises:
+        CorruptCheckpoint: a file is missing, truncated or changed.
+    """
+    try:
+        content = json.loads((path / STATE_FILE).read_text())
+        if content["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format_version={content['format_version']}, this version reads {FORMAT_VERSION}; "
+                "resume with the version that wrote it"
+            )
+        state = TrainingState(**content["state"])
+        for name, digest in content["sha256"].items():
+            if sha256_file(path / name) != digest:
+                raise CorruptCheckpoint(f"{path / name} differs from its checksum")
+            with safe_open(path / name, framework="pt"):
+                pass
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+        raise CorruptCheckpoint(f"{path} is not a whole checkpoint ({error})") from error
+    return Checkpoint(path, state)
+
+
+def newest_valid_checkpoint(run_dir: Path, log: Log) -> Checkpoint | None:
+    """The newest checkpoint that verifies; each newer one that does not is reported."""
+    for path in reversed(list_checkpoints(run_dir)):
+        try:
+            return load_checkpoint(path)
+        except CorruptCheckpoint as error:
+            log(f"checkpoint passed over: {error}")
+    return None
+
+
+def find_checkpoint(run_dir: Path, resume: str, log: Log) -> Checkpoint | None:
+    """What ``resume`` (auto, never or a path) means for a run folder.
+
+    Raises:
+        UserError: never, though the folder has checkpoints; a path that is no valid checkpoint or run folder; or auto
+            with checkpoints none of which is valid, since beginning anew would throw them away.
+    """
+    existing = list_checkpoints(run_dir)
+    if resume == "never":
+        if existing:
+            raise UserError(
+                f"resume=never but run_dir={run_dir} already has {existing[-1].name}; "
+                "choose another run_dir, or delete the folder"
+            )
+        return None
+    if resume == "auto":
+        found = newest_valid_checkpoint(run_dir, log)
+        if found is None and existing:
+            raise UserError(
+                f"run_dir={run_dir}: none of its {len(existing)} checkpoints is valid; choose another run_dir to begin "
+                "anew, or restore a checkpoint"
+            )
+        return found
+    path = Path(resume)
+    if (path / "checkpoints").is_dir():
+        found = newest_valid_checkpoint(path, log)
+        if found is not None:
+            return found
+    if not (path / STATE_FILE).exists():
+        raise UserError(f"resume={resume}: not auto, not never, and no checkpoint or run folder is there")
+    return load_checkpoint(path)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, one at a time; lives on rank 0.
+
+    Args:
+        run_dir: the run folder.
+        keep_last: newest checkpoints kept.
+        keep_every: steps at whose multiples a checkpoint is kept for ever; 0 for none.
+        log: called with what went wrong in a background save; the run goes on with the previous checkpoint.
+    """
+
+    def __init__(self, run_dir: Path, keep_last: int, keep_every: int, log: Log) -> None:
+        self.run_dir = run_dir
+        self.keep_last = max(1, keep_last)
+        self.keep_every = keep_every
+        self.log = log
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, state: TrainingState, tensors: Mapping[str, Mapping[str, Tensor]], *, wait: bool = False) -> None:
+        """Begin to write a checkpoint; waits for the previous one first.
+
+        Args:
+            tensors: {file key: {name: CPU tensor}}; must not change afterwards.
+            wait: return only when it is on disk.
+
+        Raises:
+            UserError: with ``wait``, it could not be written.
+        """
+        self.finish()
+        self._thread = threading.Thread(target=self._run, args=(state, tensors), name="checkpoint")
+        self._thread.start()
+        if wait:
+            self.finish(raise_error=True)
+
+    def finish(self, *, raise_error: bool = False) -> None:
+        """Wait for the write under way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            message = f"checkpoint not written: {error}; the previous one stays valid"
+            if raise_error:
+                raise UserError(message) from error
+            self.log(message)
+
+    def _run(self, state: TrainingState, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        try:
+            write_checkpoint(step_folder(self.run_dir, state.step), state, tensors)
+            self._prune()
+        except (OSError, SafetensorError) as error:
+            self._error = error
+
+    def _prune(self) -> None:
+        paths = list_checkpoints(self.run_dir)
+        for path in paths[: -self.keep_last]:
+            step = int(path.name.removeprefix("step_"))
+            if not (self.keep_every and step % self.keep_every == 0):
+                # Renamed first: a kill in the middle of deleting leaves no half checkpoint under a valid name.
+                doomed = path.with_name(f".{path.name}.deleting")
+                path.rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def write_checkpoint(path: Path, state: TrainingState, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write a checkpoint folder whole or not at all; an existing one of the same name is replaced.
+
+    Raises:
+        OSError, SafetensorError: the disk is full or not writable; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(".step_*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = path.parent / f".{path.name}.writing"
+    try:
+        temporary.mkdir()
+        digests = {}
+        for key, named in tensors.items():
+            file = temporary / f"{key}.safetensors"
+            save_file(dict(named), file)
+            _flush(file)
+            digests[file.name] = sha256_file(file)
+        content = {"format_version": FORMAT_VERSION, "state": asdict(state), "sha256": digests}
+        (temporary / STATE_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        _flush(temporary / STATE_FILE)
+        _flush(temporary)
+        if path.exists():
+            path.rename(path.parent / f".{path.name}.deleting")
+        temporary.rename(path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(path.parent / f".{path.name}.deleting", ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Compare a checkpoint's config with the one given now.
+
+    Returns:
+        notes on options that differ and may.
+
+    Raises:
+        UserError: options that the checkpoint's tensors or sample order depend on differ; names each with both values.
+    """
+    fixed = ("seed", "num_frames", "height", "width", "fps", "model.path", "model.revision", "lora.rank", "lora.alpha")
+    fixed += ("lora.targets", "data.geometries", "data.held_out_clips")
+    ignored = ("latents", "run_dir", "resume", "dry_run", "logger.", "checkpoint.", "safety.", "validation.")
+    flat_saved, flat_current = _flatten(saved), _flatten(current)
+    differing = {k: (flat_saved.get(k), flat_current.get(k)) for k in flat_saved | flat_current}
+    differing = {k: pair for k, pair in differing.items() if pair[0] != pair[1]}
+    wrong = {key: pair for key, pair in differing.items() if key in fixed}
+    if wrong:
+        lines = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in wrong.items())
+        raise UserError(f"the checkpoint is of another run: {lines}; use the old values or another run_dir")
+    return [
+        f"{key} was {old!r}, now {new!r}" for key, (old, new) in differing.items() if not key.startswith(ignored)
+    ]
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

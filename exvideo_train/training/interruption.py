@@ -1,0 +1,61 @@
+"""Being asked to stop: SIGTERM, SIGINT, or a wall-clock limit. The step is finished, a checkpoint saved, and the exit
+status says "resume me"."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType, TracebackType
+
+# EX_TEMPFAIL of sysexits.h: the same command later goes on.
+RESUME_STATUS = 75
+# A terminal sends Ctrl-C to every process and the launcher adds its own SIGTERM within moments: one request, not two.
+SAME_REQUEST_SECONDS = 2.0
+
+
+class Interruption:
+    """Context in which the first signal is a request and a second one, later, ends the process at once.
+
+    Args:
+        time_limit_minutes: wall-clock minutes after which a stop is requested; 0 for none.
+    """
+
+    def __init__(self, time_limit_minutes: float = 0.0) -> None:
+        self._deadline = time.monotonic() + 60 * time_limit_minutes if time_limit_minutes else None
+        self._requested_at: float | None = None
+        self._reason = ""
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Interruption:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._requested_at is not None and now - self._requested_at > SAME_REQUEST_SECONDS:
+            os.write(2, b"second signal: exiting at once; the last checkpoint is intact\n")
+            os._exit(128 + number)
+        if self._requested_at is None:
+            self._requested_at = now
+            self._reason = signal.Signals(number).name
+            os.write(2, f"{self._reason}: finishing the step, saving, then exiting (again: at once)\n".encode())
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank was asked to stop."""
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self._reason = self._reason or "time limit"
+            return True
+        return self._requested_at is not None
+
+    @property
+    def reason(self) -> str:
+        return self._reason or "another rank was asked to stop"

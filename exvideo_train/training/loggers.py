@@ -1,0 +1,166 @@
+"""Where a run's figures go: the terminal or log file, metrics.jsonl, and on request wandb and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from exvideo_train.config.experiment import LoggerConfig
+from exvideo_train.files import atomic_write_text
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLogger:
+    """Writes records of rank 0; on other ranks every method does nothing.
+
+    Args:
+        run_dir: the run folder.
+        config: which loggers.
+        run_config: the whole config as plain values, for wandb.
+        is_main: whether this is rank 0.
+    """
+
+    def __init__(self, run_dir: Path, config: LoggerConfig, run_config: Mapping[str, Any], is_main: bool) -> None:
+        self.run_dir = run_dir
+        self.config = config
+        self.run_config = run_config
+        self.is_main = is_main
+        self._bar: tqdm | None = None
+        self._wandb: Any = None
+        self._tensorboard: Any = None
+        self._started = time.monotonic()
+
+    def start(self, first_step: int, max_steps: int) -> None:
+        """Open the loggers; records of steps after ``first_step``, left by a run that was killed, are dropped."""
+        if not self.is_main:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._drop_records_after(first_step)
+        self._started = time.monotonic()
+        self._first_step, self._max_steps = first_step, max_steps
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        if self.config.wandb:
+            self._wandb = self._start_wandb()
+        if self.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first_step + 1)
+
+    def _start_wandb(self) -> Any:
+        import wandb
+
+        return wandb.init(
+            project=self.config.wandb_project,
+            name=self.config.wandb_name or self.run_dir.resolve().name,
+            dir=str(self.run_dir),
+            config=dict(self.run_config),
+            # The same run folder is the same wandb run after a resume.
+            id=_wandb_id(self.run_dir),
+            resume="allow",
+        )
+
+    def _drop_records_after(self, step: int) -> None:
+        path = self.run_dir / METRICS_FILE
+        if path.exists():
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+            atomic_write_text(path, "".join(line + "\n" for line in kept))
+
+    def message(self, text: str) -> None:
+        """A line for people."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def record(self, step: int, values: Mapping[str, Any]) -> None:
+        """One JSONL record; numbers go to wandb and TensorBoard too, nested names joined by "/"."""
+        if not self.is_main:
+            return
+        line = json.dumps({"step": step, **values}, default=str)
+        with open(self.run_dir / METRICS_FILE, "a") as file:
+            file.write(line + "\n")
+        numbers = dict(_numbers(values))
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def step_line(self, step: int, values: Mapping[str, Any]) -> None:
+        """The console's line of a training step: a moving bar on a terminal, a line with ETA in a log file."""
+        if not self.is_main:
+            return
+        eta = (time.monotonic() - self._started) / max(1, step - self._first_step) * (self._max_steps - step)
+        speed = values["speed"]
+        parts = [
+            f"loss {values['loss']:.4f}",
+            f"grad {values['grad_norm']:.3g}",
+            f"lr {values['lr']:.2e}",
+            f"{speed['step_seconds']:.2f} s/step",
+            f"data {speed['phase_seconds']['data']:.2f} s",
+            f"{speed['peak_allocated_gib']:.1f} GiB",
+        ]
+        if speed["mfu"] is not None:
+            parts.append(f"MFU {100 * speed['mfu']:.0f} %")
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.set_postfix_str("  ".join(parts), refresh=True)
+        else:
+            self.message(f"step {step}/{self._max_steps}  " + "  ".join(parts) + f"  ETA {format_seconds(eta)}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All whole records of a run's metrics.jsonl."""
+    path = run_dir / METRICS_FILE
+    return [json.loads(line) for line in _whole_lines(path)] if path.exists() else []
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that ended before the process did: a kill can cut the last one."""
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            found += _numbers({str(i): item for i, item in enumerate(value)}, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            found.append((prefix + name, float(value)))
+    return found
+
+
+def _wandb_id(run_dir: Path) -> str:
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        import uuid
+
+        atomic_write_text(path, uuid.uuid4().hex[:12])
+    return path.read_text().strip()
+
+
+def format_seconds(seconds: float) -> str:
+    """3725 -> "1:02:05"; days in front when there are any."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hour}:{minute:02d}:{second:02d}"

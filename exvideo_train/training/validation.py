@@ -1,0 +1,190 @@
+"""Whether training helps: loss on held-out clips, by timestep band and by latent frame position.
+
+The noise and timesteps of validation are fixed and independent of training's, so that two validations differ by the
+weights alone. The **extension gap** is the mean loss on the latent frames beyond the base model's (13 for 49 frames)
+over the mean on the base model's own; a model that has learnt the longer video comes near 1.
+
+Axis letters: B batch, T latent frames, Q timestep quantiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exvideo_train.diffusion.objective import add_noise, draw, v_prediction_loss, velocity_target
+from exvideo_train.diffusion.schedule import NoiseSchedule
+from exvideo_train.geometry import Geometry
+from exvideo_train.latents.dataset import posterior_sample
+from exvideo_train.latents.store import LatentStore
+from exvideo_train.parallel.mesh import Mesh
+
+# Far from any training seed, so that validation noise is never training noise.
+_VALIDATION_SEED = 0x5EED_0FA7
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out losses.
+
+    Attributes:
+        loss: mean over clips, timesteps and positions.
+        by_timestep: {timestep: loss}, one timestep a band.
+        by_position: loss of each latent frame.
+        extension_gap: see the module; None when no latent frame lies beyond the base model's.
+        num_clips: clips scored.
+    """
+
+    loss: float
+    by_timestep: dict[int, float]
+    by_position: list[float]
+    extension_gap: float | None
+    num_clips: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "loss": self.loss,
+            "by_timestep": {str(t): loss for t, loss in self.by_timestep.items()},
+            "by_position": self.by_position,
+            "extension_gap": self.extension_gap,
+            "num_clips": self.num_clips,
+        }
+
+
+def quantile_timesteps(num_quantiles: int, num_train_timesteps: int) -> list[int]:
+    """The middle of each of ``num_quantiles`` equal bands of timesteps."""
+    return [int((band + 0.5) * num_train_timesteps / num_quantiles) for band in range(num_quantiles)]
+
+
+class Validator:
+    """Scores held-out clips of one geometry, dealt out over the data-parallel ranks.
+
+    Args:
+        store: latent store.
+        clip_ids: held-out clips.
+        geometry: which of their latents.
+        schedule: the model's.
+        num_quantiles: timestep bands.
+        base_latent_frames: latent frames of the base model.
+        mesh: this rank's place.
+        on_progress: called before each clip, for the watchdog.
+    """
+
+    def __init__(
+        self,
+        store: LatentStore,
+        clip_ids: Sequence[str],
+        geometry: Geometry,
+        schedule: NoiseSchedule,
+        *,
+        num_quantiles: int,
+        base_latent_frames: int,
+        mesh: Mesh,
+        on_progress: Callable[[], None],
+    ) -> None:
+        self.store = store
+        self.clip_ids = list(clip_ids)
+        self.geometry = geometry
+        self.schedule = schedule
+        self.timesteps = quantile_timesteps(num_quantiles, schedule.num_train_timesteps)
+        self.base_latent_frames = base_latent_frames
+        self.mesh = mesh
+        self.on_progress = on_progress
+
+    @torch.no_grad()
+    def run(self, predict: Predict) -> Validation:
+        """Score all clips. Every rank must call it; every rank gets the result.
+
+        Args:
+            predict: (noisy_BTCHW, text_BLC, timesteps_B) -> velocity_BTCHW.
+        """
+        total_QT = torch.zeros(len(self.timesteps), self.geometry.num_latent_frames, dtype=torch.float64)
+        # Every rank makes the same number of calls, as collectives inside the model (ZeRO-3) demand.
+        rounds = math.ceil(len(self.clip_ids) / self.mesh.data_size)
+        for round_index in range(rounds):
+            index = round_index * self.mesh.data_size + self.mesh.data_rank
+            counts = index < len(self.clip_ids)
+            self.on_progress()
+            loss_QT = self._score(index % len(self.clip_ids), predict)
+            # A sequence group's ranks all hold the same loss: its first one counts.
+            if counts and self.mesh.sequence_rank == 0:
+                total_QT += loss_QT
+        total_QT = self.mesh.sum(total_QT) / len(self.clip_ids)
+        return self._summarise(total_QT)
+
+    def _score(self, index: int, predict: Predict) -> Tensor:
+        stored = self.store.read(self.clip_ids[index], self.geometry)
+        channels2, T, H, W = stored.moments_CTHW.shape
+        losses = []
+        for band, timestep in enumerate(self.timesteps):
+            position = index * len(self.timesteps) + band
+            random = draw(_VALIDATION_SEED, position, (T, channels2 // 2, H, W), self.schedule.num_train_timesteps, 0.0)
+            latents = posterior_sample(stored.moments_CTHW, random.posterior_noise_TCHW, self.store.scaling_factor)
+            latents_BTCHW = latents[None].to(self.mesh.device)
+            noise_BTCHW = random.noise_TCHW[None].to(self.mesh.device)
+            timesteps_B = torch.tensor([timestep], device=self.mesh.device)
+            noisy_BTCHW = add_noise(self.schedule, latents_BTCHW, noise_BTCHW, timesteps_B)
+            prediction = predict(noisy_BTCHW, stored.text_LC[None].to(self.mesh.device), timesteps_B)
+            target = velocity_target(self.schedule, latents_BTCHW, noise_BTCHW, timesteps_B)
+            losses.append(v_prediction_loss(prediction, target).per_position_BT[0].double().cpu())
+        return torch.stack(losses)
+
+    def _summarise(self, loss_QT: Tensor) -> Validation:
+        by_position = loss_QT.mean(dim=0)
+        base, beyond = by_position[: self.base_latent_frames], by_position[self.base_latent_frames :]
+        return Validation(
+            loss=float(loss_QT.mean()),
+            by_timestep={t: float(loss) for t, loss in zip(self.timesteps, loss_QT.mean(dim=1), strict=True)},
+            by_position=[float(loss) for loss in by_position],
+            extension_gap=float(beyond.mean() / base.mean()) if len(beyond) else None,
+            num_clips=len(self.clip_ids),
+        )
+
+
+def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw training loss, validation loss, extension gap and loss by position into a PNG.
+
+    Args:
+        records: of metrics.jsonl.
+        path: file to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    loss_axes, gap_axes, position_axes = figure.subplots(1, 3)
+    training = [record for record in records if "loss" in record]
+    loss_axes.plot([r["step"] for r in training], [r["loss"] for r in training], lw=0.8, label="training")
+    for name in ("validation", "validation_ema"):
+        scored = [record for record in records if name in record]
+        if not scored:
+            continue
+        steps = [record["step"] for record in scored]
+        loss_axes.plot(steps, [record[name]["loss"] for record in scored], "o-", label=name.replace("_", ", "))
+        gaps = [(s, r[name]["extension_gap"]) for s, r in zip(steps, scored, strict=True)]
+        gaps = [(step, gap) for step, gap in gaps if gap is not None]
+        gap_axes.plot([step for step, _ in gaps], [gap for _, gap in gaps], "o-", label=name.replace("_", ", "))
+        if name == "validation":
+            for record in dict.fromkeys((0, len(scored) - 1)):
+                label = f"step {steps[record]}"
+                position_axes.plot(scored[record][name]["by_position"], label=label)
+    gap_axes.axhline(1.0, color="gray", lw=0.8, ls="--")
+    for axes, title, x_label in (
+        (loss_axes, "loss", "step"),
+        (gap_axes, "extension gap (loss beyond the base length / within)", "step"),
+        (position_axes, "held-out loss by latent frame", "latent frame"),
+    ):
+        axes.set_title(title)
+        axes.set_xlabel(x_label)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=100)
+    temporary.replace(path)
