@@ -1,0 +1,124 @@
+"""T5 and the VAE against transformers and diffusers' own pipeline, in fp32 on the tiny model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from exvideo_train.errors import UserError
+from exvideo_train.latents.encoders import TextEncoder, VideoEncoder
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    from exvideo_train.backbones.cogvideox.tiny import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny_5b", "5b")
+
+
+@pytest.fixture(scope="module")
+def pipeline(model_path):
+    from diffusers import CogVideoXPipeline
+
+    pipeline = CogVideoXPipeline.from_pretrained(model_path, torch_dtype=torch.float32)
+    return pipeline
+
+
+@pytest.fixture
+def frames_FHWC():
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(17, 3, 4, 6, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(96, 160), mode="bilinear")
+    return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def test_text_equals_diffusers_pipeline(model_path, pipeline):
+    captions = ["a rabbit wakes up", "", "long " * 100]
+    encoder = TextEncoder(model_path, "cpu", torch.float32, 16)
+    expected, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=16)
+    torch.testing.assert_close(encoder.encode(captions), expected, rtol=1e-5, atol=1e-5)
+    one_by_one = torch.cat([encoder.encode([caption]) for caption in captions])
+    torch.testing.assert_close(one_by_one, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_text_equals_transformers_without_mask(model_path):
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path / "tokenizer")
+    model = T5EncoderModel.from_pretrained(model_path / "text_encoder", dtype=torch.float32).eval()
+    tokens = tokenizer(["a cat"], padding="max_length", max_length=16, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model(tokens).last_hidden_state
+    text_BLC = TextEncoder(model_path, "cpu", torch.float32, 16).encode(["a cat"])
+    assert text_BLC.shape == (1, 16, 32)
+    assert torch.equal(text_BLC, expected)
+
+
+@pytest.fixture(scope="module")
+def tiled_model_path(model_path, tmp_path_factory):
+    """The tiny model with tiles whose overlaps are whole latents, as the published 480x720 has."""
+    folder = tmp_path_factory.mktemp("tiled") / "model"
+    shutil.copytree(model_path, folder)
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_height": 96, "sample_width": 160}))
+    return folder
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+def test_moments_equal_diffusers(tiled_model_path, pipeline, frames_FHWC, tiling):
+    from diffusers import AutoencoderKLCogVideoX
+    from PIL import Image
+
+    vae = AutoencoderKLCogVideoX.from_pretrained(tiled_model_path / "vae", torch_dtype=torch.float32)
+    if tiling:
+        vae.enable_tiling()
+    video = pipeline.video_processor.preprocess_video([Image.fromarray(f.numpy()) for f in frames_FHWC])
+    with torch.no_grad():
+        expected = vae.encode(video).latent_dist
+    moments_CTHW = VideoEncoder(tiled_model_path, "cpu", torch.float32, tiling).encode(frames_FHWC)
+    assert moments_CTHW.shape == (32, 5, 12, 20)
+    # Diffusers brings pixels to -1..1 in another order of operations: their last bit may differ.
+    torch.testing.assert_close(moments_CTHW[:16], expected.mean[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moments_CTHW, expected.parameters[0], rtol=1e-5, atol=1e-5)
+
+
+def test_tiled_moments_differ(tiled_model_path, frames_FHWC):
+    tiled = VideoEncoder(tiled_model_path, "cpu", torch.float32, True).encode(frames_FHWC[:1])
+    whole = VideoEncoder(tiled_model_path, "cpu", torch.float32, False).encode(frames_FHWC[:1])
+    assert (tiled - whole).abs().max() > 1e-3
+
+
+def test_tiles_that_do_not_add_up_are_refused(model_path, frames_FHWC):
+    with pytest.raises(UserError, match="tiling=true"):
+        VideoEncoder(model_path, "cpu", torch.float32, True).encode(frames_FHWC[:1])
+
+
+def test_decoding_equals_diffusers_pipeline(model_path, pipeline):
+    pipeline.vae.disable_tiling()
+    latents_TCHW = torch.randn(5, 16, 8, 12, generator=torch.Generator().manual_seed(1)) * 0.7
+    with torch.no_grad():
+        expected = pipeline.video_processor.postprocess_video(
+            pipeline.decode_latents(latents_TCHW[None]), output_type="np"
+        )[0]
+    frames_FHWC = VideoEncoder(model_path, "cpu", torch.float32, False).decode(latents_TCHW)
+    assert frames_FHWC.shape == (17, 64, 96, 3)
+    assert frames_FHWC.dtype == torch.uint8
+    assert np.abs(frames_FHWC.numpy().astype(float) - expected * 255).max() <= 0.501
+
+
+def test_bfloat16_is_near_float32(model_path, frames_FHWC):
+    full = VideoEncoder(model_path, "cpu", torch.float32, False).encode(frames_FHWC)
+    half = VideoEncoder(model_path, "cpu", torch.bfloat16, False).encode(frames_FHWC)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - full).norm() / full.norm() < 0.05
+
+
+def test_bad_input_is_named(model_path, tmp_path):
+    encoder = VideoEncoder(model_path, "cpu", torch.float32, False)
+    with pytest.raises(UserError, match="num_frames=16"):
+        encoder.encode(torch.zeros(16, 64, 96, 3, dtype=torch.uint8))
+    encoder.close()
+    with pytest.raises(UserError, match=r"text_encoder|tokenizer"):
+        TextEncoder(tmp_path, "cpu", torch.float32, 16)
