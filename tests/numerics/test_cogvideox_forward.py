@@ -1,0 +1,173 @@
+"""The DiT against diffusers', with the same random weights: outputs, LoRA gradients, positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from exvideo_train.backbones.cogvideox import published
+from exvideo_train.backbones.cogvideox.model import CogVideoXDiT
+from exvideo_train.backbones.cogvideox.positions import rotary_tables, sincos_embedding
+from exvideo_train.backbones.cogvideox.tiny import randomize
+from exvideo_train.backbones.cogvideox.weights import config_from_fields
+
+# Small, but with the published proportions: several heads and blocks, text wider than a head, 2x2 patches.
+SMALL: dict[str, Any] = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 32,
+    "num_layers": 3,
+    "time_embed_dim": 24,
+    "text_embed_dim": 40,
+    "max_text_seq_length": 13,
+    "sample_height": 8,
+    "sample_width": 12,
+}
+PUBLISHED = {"5b": published.TRANSFORMER_5B, "2b": published.TRANSFORMER_2B}
+LORA_TARGETS = [
+    "norm1.linear", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
+    "norm2.linear", "ff.net.0.proj", "ff.net.2",
+]  # fmt: skip
+
+
+def fields_of(variant: str, **changes: Any) -> dict[str, Any]:
+    """Published fields at the small size, without the underscored ones."""
+    fields = {**PUBLISHED[variant], **SMALL, **changes}
+    return {name: value for name, value in fields.items() if not name.startswith("_")}
+
+
+def make_pair(variant: str, **changes: Any) -> tuple[CogVideoXDiT, CogVideoXTransformer3DModel]:
+    torch.manual_seed(0)
+    fields = fields_of(variant, **changes)
+    reference = CogVideoXTransformer3DModel(**fields)
+    randomize(reference)
+    ours = CogVideoXDiT(config_from_fields(fields, "test"))
+    ours.load_state_dict(reference.state_dict(), strict=True)
+    return ours, reference
+
+
+def reference_rotary(fields: dict[str, Any], num_latent_frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Cos and sin of the video tokens as diffusers' pipeline prepares them; height and width in latents."""
+    patch = fields["patch_size"]
+    grid = (height // patch, width // patch)
+    crops = get_resize_crop_region_for_grid(grid, fields["sample_width"] // patch, fields["sample_height"] // patch)
+    return get_3d_rotary_pos_embed(fields["attention_head_dim"], crops, grid, num_latent_frames)
+
+
+def run_reference(reference: Any, latents_BTCHW: Tensor, text_BLC: Tensor, timesteps_B: Tensor) -> Tensor:
+    """Forward of diffusers' network, or of PEFT's wrapping of it, with the tables its pipeline would pass."""
+    fields = dict(reference.config)
+    rotary = None
+    if fields["use_rotary_positional_embeddings"]:
+        _, num_latent_frames, _, height, width = latents_BTCHW.shape
+        rotary = reference_rotary(fields, num_latent_frames, height, width)
+    output: Tensor = reference(latents_BTCHW, text_BLC, timesteps_B, image_rotary_emb=rotary, return_dict=False)[0]
+    return output
+
+
+def draw_inputs(
+    fields: Any, num_latent_frames: int, height: int, width: int, batch: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, num_latent_frames, 16, height, width, generator=generator)
+    text = torch.randn(batch, fields.max_text_seq_length, fields.text_embed_dim, generator=generator)
+    return latents, text, torch.tensor([999, 17][:batch])
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Largest difference over the largest magnitude."""
+    return ((value - reference).abs().max() / reference.abs().max()).item()
+
+
+# Latent frames of 49 and of 129 video frames at the base size; then other sizes, higher, wider, larger and smaller.
+GEOMETRIES = [(13, 8, 12), (33, 8, 12), (33, 12, 8), (3, 20, 6), (5, 6, 22), (2, 24, 44), (1, 2, 2)]
+
+
+@pytest.mark.parametrize("variant", ["5b", "2b"])
+@pytest.mark.parametrize(("num_latent_frames", "height", "width"), GEOMETRIES)
+def test_output_equals_diffusers(variant: str, num_latent_frames: int, height: int, width: int) -> None:
+    ours, reference = make_pair(variant)
+    inputs = draw_inputs(ours.config, num_latent_frames, height, width)
+    with torch.no_grad():
+        velocity, expected = ours(*inputs), run_reference(reference, *inputs)
+    assert velocity.shape == inputs[0].shape
+    assert relative_error(velocity, expected) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["5b", "2b"])
+@pytest.mark.parametrize(("num_latent_frames", "height", "width"), [(13, 8, 12), (33, 8, 12), (3, 20, 6)])
+def test_lora_gradients_equal_diffusers(variant: str, num_latent_frames: int, height: int, width: int) -> None:
+    ours, reference = make_pair(variant)
+    settings = LoraConfig(r=4, lora_alpha=6, target_modules=LORA_TARGETS, init_lora_weights=False)
+    ours_lora, reference_lora = get_peft_model(ours, settings), get_peft_model(reference, settings)
+    named = {name: p for name, p in ours_lora.named_parameters() if p.requires_grad}
+    named_reference = {name: p for name, p in reference_lora.named_parameters() if p.requires_grad}
+    assert list(named) == list(named_reference)
+    assert len(named) == 2 * len(LORA_TARGETS) * ours.config.num_layers
+    with torch.no_grad():
+        for name, parameter in named.items():
+            named_reference[name].copy_(parameter)
+    inputs = draw_inputs(ours.config, num_latent_frames, height, width)
+    target = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2))
+    torch.nn.functional.mse_loss(ours_lora(*inputs), target).backward()
+    torch.nn.functional.mse_loss(run_reference(reference_lora, *inputs), target).backward()
+    for name, parameter in named.items():
+        gradient, expected = parameter.grad, named_reference[name].grad
+        assert gradient is not None
+        assert expected is not None
+        assert expected.abs().max() > 0, name
+        assert relative_error(gradient, expected) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("num_latent_frames", "height", "width"),
+    [(13, 60, 90), (33, 60, 90), (65, 60, 90), (33, 90, 60), (9, 32, 32), (5, 96, 170), (5, 44, 62)],
+)
+def test_rotary_tables_equal_diffusers_at_full_size(num_latent_frames: int, height: int, width: int) -> None:
+    fields = fields_of("5b", sample_height=60, sample_width=90, attention_head_dim=64)
+    cos, sin = rotary_tables(
+        num_text_tokens=226,
+        grid_THW=(num_latent_frames, height // 2, width // 2),
+        base_HW=(30, 45),
+        head_dim=64,
+        device=torch.device("cpu"),
+    )
+    expected_cos, expected_sin = reference_rotary(fields, num_latent_frames, height, width)
+    assert cos.dtype == sin.dtype == torch.float32
+    assert torch.equal(cos[:226], torch.ones(226, 64))
+    assert torch.equal(sin[:226], torch.zeros(226, 64))
+    # The largest angle is 64 rad, where fp32 steps are 8e-6.
+    torch.testing.assert_close(cos[226:], expected_cos, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sin[226:], expected_sin, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("grid_THW", "scale_H", "scale_T"), [((13, 30, 45), 1.875, 1.0), ((33, 9, 4), 1.0, 2.5)])
+def test_sincos_embedding_equals_diffusers(grid_THW: tuple[int, int, int], scale_H: float, scale_T: float) -> None:
+    T, H, W = grid_THW
+    ours = sincos_embedding(
+        num_text_tokens=7,
+        grid_THW=grid_THW,
+        num_channels=96,
+        spatial_scale=scale_H,
+        temporal_scale=scale_T,
+        device=torch.device("cpu"),
+    )
+    expected = get_3d_sincos_pos_embed(96, (W, H), T, scale_H, scale_T).flatten(0, 1).float()
+    assert torch.equal(ours[:7], torch.zeros(7, 96))
+    torch.testing.assert_close(ours[7:], expected, rtol=0, atol=1e-6)
+
+
+def test_a_position_error_would_be_seen() -> None:
+    """Shifting the last latent frame by one moves the output by far more than the tolerance."""
+    ours, _ = make_pair("5b")
+    latents, text, timesteps = draw_inputs(ours.config, 5, 8, 12)
+    with torch.no_grad():
+        velocity = ours(latents, text, timesteps)
+        turned = ours(latents.roll(1, dims=1), text, timesteps).roll(-1, dims=1)
+    assert relative_error(turned, velocity) > 1e-3
