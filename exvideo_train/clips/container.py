@@ -74,7 +74,7 @@ class UnreadableClip(Exception):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video's header says. Width and height are as shown (rotation and pixel aspect applied)."""
+    """What a video's header says. Width and height are as shown: rotation and pixel aspect applied."""
 
     fps: float
     width: int
@@ -189,9 +189,7 @@ def _why_not_opened(error: Exception, video: str, source: object) -> UnreadableC
         return UnreadableClip(Reason.READ_ERROR, f"{video}: {error}")
     head = source.getvalue()[:64] if isinstance(source, io.BytesIO) else _head(str(source))
     if _is_media(head):
-        return UnreadableClip(
-            Reason.TRUNCATED, f"{video} begins as a video but its index is missing or cut off"
-        )
+        return UnreadableClip(Reason.TRUNCATED, f"{video} begins as a video but its index is missing or cut off")
     return UnreadableClip(Reason.NOT_VIDEO, f"{video} is not a video file")
 
 
@@ -220,17 +218,32 @@ def quarter_turn(degrees: int) -> int:
     return round(degrees / 90) * 90 % 360
 
 
-def shown_size(stream: av.video.stream.VideoStream, rotation: int) -> tuple[float, float]:
-    """Width and height in square pixels as a player shows them."""
-    aspect = stream.sample_aspect_ratio
-    width = stream.width * (float(aspect) if aspect else 1.0)
-    height = float(stream.height)
-    return (height, width) if rotation in (90, 270) else (width, height)
+def probe_video(video: str) -> VideoInfo:
+    """Rate, size, length and codec of a video; one frame is decoded, because rotation is told by frames.
+
+    Raises:
+        UnreadableClip: the video cannot be opened or its first frame not decoded.
+    """
+    import av
+
+    with open_video(video) as (container, stream):
+        fps, codec = stream_fps(stream), stream.codec_context.name
+        duration = stream_duration(container, stream)
+        aspect = float(stream.sample_aspect_ratio or 1)
+        stream.codec_context.thread_count = 1
+        try:
+            frame = next(container.decode(stream), None)
+        except (av.FFmpegError, OSError) as error:
+            raise UnreadableClip(Reason.CORRUPT, f"{video}: first frame: {error}") from None
+        if frame is None:
+            raise UnreadableClip(Reason.TRUNCATED, f"{video} holds no frame")
+        width, height = round(frame.width * aspect), frame.height
+        if quarter_turn(frame.rotation) in (90, 270):
+            width, height = height, width
+    return VideoInfo(fps, width, height, duration, codec)
 
 
-def stream_duration(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream
-) -> float | None:
+def stream_duration(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> float | None:
     """Length of the video stream in seconds as the header says; None when it does not."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)

@@ -20,7 +20,7 @@ from exvideo_train.files import atomic_write
 # Separates a tar shard from its member in `ClipRecord.video`, as in "/data/00000.tar::0000000_00000.mp4".
 TAR_SEPARATOR = "::"
 _ID_DIGITS = 32
-_OPTIONAL_NUMBERS = ("fps", "duration_seconds")
+_OPTIONAL_NUMBERS = ("fps", "duration_seconds", "sampling_fps")
 _OPTIONAL_INTEGERS = ("width", "height")
 
 
@@ -38,6 +38,8 @@ class ClipRecord:
         scores: what the data set says about the clip, e.g. ``{"aesthetic": 5.1}``.
         fps, width, height, duration_seconds, codec: what probing found, None until probed. Width and height are as
             shown, rotation included; duration_seconds is the span's, not the file's.
+        sampling_fps: frames a second at which this clip is sampled in place of the experiment's rate; set by filtering
+            for clips that are too short otherwise, None for all others.
     """
 
     clip_id: str
@@ -52,6 +54,7 @@ class ClipRecord:
     height: int | None = None
     duration_seconds: float | None = None
     codec: str | None = None
+    sampling_fps: float | None = None
 
     @property
     def span_seconds(self) -> float | None:
@@ -184,7 +187,7 @@ def _record_from(content: Mapping[str, Any], folder: Path) -> ClipRecord:
     if codec is not None and not isinstance(codec, str):
         raise ValueError(f"codec={codec!r} must be text")
     width, height = (_optional_number(name, content) for name in _OPTIONAL_INTEGERS)
-    fps, duration = (_optional_number(name, content) for name in _OPTIONAL_NUMBERS)
+    fps, duration, sampling_fps = (_optional_number(name, content) for name in _OPTIONAL_NUMBERS)
     return ClipRecord(
         clip_id=clip_id,
         source=content["source"],
@@ -198,6 +201,7 @@ def _record_from(content: Mapping[str, Any], folder: Path) -> ClipRecord:
         height=None if height is None else int(height),
         duration_seconds=duration,
         codec=codec,
+        sampling_fps=sampling_fps,
     )
 
 
