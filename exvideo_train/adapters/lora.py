@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from exvideo_train.adapters.formats import Adapter
 from exvideo_train.diffusion.objective import generator_for
 from exvideo_train.errors import UserError
 
@@ -203,3 +204,27 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
+
+
+def attach_adapter(backbone: nn.Module, adapter: Adapter, dtype: torch.dtype, scale: float, source: str) -> nn.Module:
+    """Put a finished adapter on a backbone for sampling, in the backbone's dtype, unmerged and not trainable.
+
+    Args:
+        scale: strength; 1 is as trained.
+        source: the adapter's file, for the message.
+
+    Raises:
+        UserError: the adapter is of another model.
+    """
+    modules = tuple(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in adapter.tensors))
+    linears = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+    if unknown := sorted(set(modules) - linears):
+        raise UserError(
+            f"adapter={source} does not fit the model: it updates {unknown[0]} (and {len(unknown) - 1} more) that "
+            f"{type(backbone).__name__} has not; its base model is {adapter.provenance.get('base_model', 'not stated')}"
+        )
+    apply_lora(backbone, LoraSettings(adapter.rank, adapter.alpha, modules), seed=0)
+    load_lora_state(backbone, adapter.tensors, f"adapter={source}")
+    cast_lora(backbone, dtype)
+    set_lora_scale(backbone, scale)
+    return backbone.requires_grad_(False)

@@ -1,0 +1,140 @@
+"""Prompt to frames: text encoder, backbone and VAE loaded one after another, so that each need only fit alone.
+
+Axis letters: C channel, T latent frames, F video frames, H height, W width, L text tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from exvideo_train.adapters.formats import Adapter
+from exvideo_train.adapters.lora import attach_adapter, lora_disabled
+from exvideo_train.backbones.registry import backbone_config, backbone_family, load_backbone
+from exvideo_train.config.experiment import AttentionKernel
+from exvideo_train.errors import UserError
+from exvideo_train.geometry import Geometry
+from exvideo_train.latents.encoders import TextEncoder, VideoEncoder
+from exvideo_train.parallel.attention import choose_attention
+from exvideo_train.sampling.denoise import SamplerSettings, denoise
+
+WITH_ADAPTER = "with_adapter"
+WITHOUT_ADAPTER = "without_adapter"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is needed to make videos of one geometry with one model.
+
+    Args:
+        model_path: folder in the published layout.
+        dtype: of weights and computation: bfloat16 (5B) or float16 (2B) on GPUs, float32 for comparisons.
+        adapter: None samples the base model.
+        adapter_source: its file, for messages.
+        adapter_scale: strength of the adapter, 1 is as trained.
+        compare: each video from the same noise without the adapter too.
+        vae_tiling: decode in tiles: less memory, faint seams.
+    """
+
+    model_path: Path
+    geometry: Geometry
+    sampler: SamplerSettings
+    device: torch.device
+    dtype: torch.dtype
+    adapter: Adapter | None = None
+    adapter_source: str = ""
+    adapter_scale: float = 1.0
+    compare: bool = False
+    vae_tiling: bool = False
+    attention: AttentionKernel = AttentionKernel.auto
+
+    def __post_init__(self) -> None:
+        if self.compare and self.adapter is None:
+            raise UserError("compare=true: needs an adapter to compare with; set adapter=FILE")
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Which videos are made of each prompt."""
+        if self.adapter is None:
+            return (WITHOUT_ADAPTER,)
+        return (WITH_ADAPTER, WITHOUT_ADAPTER) if self.compare else (WITH_ADAPTER,)
+
+
+@dataclass(frozen=True)
+class SampledVideo:
+    """One prompt's frames_FHWC (uint8 RGB) by variant: ``with_adapter``, ``without_adapter``."""
+
+    prompt: str
+    frames: dict[str, NDArray[np.uint8]]
+
+
+def sample_videos(sampling: Sampling, prompts: Sequence[str]) -> Iterator[SampledVideo]:
+    """Make the videos of all prompts; they are yielded as the VAE decodes them, in order.
+
+    Raises:
+        UserError: a part of the model or the adapter does not fit.
+    """
+    texts = _encode_prompts(sampling, prompts)
+    latents = _draw_latents(sampling, prompts, texts)
+    # The backbone's modules and hooks refer to each other: only a collection frees them before the VAE comes.
+    gc.collect()
+    if sampling.device.type == "cuda":
+        torch.cuda.empty_cache()
+    with closing(VideoEncoder(sampling.model_path, sampling.device, sampling.dtype, sampling.vae_tiling)) as vae:
+        for prompt, of_prompt in zip(prompts, latents, strict=True):
+            yield SampledVideo(prompt, {name: vae.decode(latent[0]).numpy() for name, latent in of_prompt.items()})
+
+
+def _encode_prompts(sampling: Sampling, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """text_1LC on the CPU by prompt; the empty prompt is guidance's other side."""
+    family = backbone_family(sampling.model_path)
+    length = family.text_length(backbone_config(sampling.model_path))
+    with closing(TextEncoder(sampling.model_path, sampling.device, sampling.dtype, length)) as encoder:
+        return {prompt: encoder.encode([prompt]).to("cpu", sampling.dtype) for prompt in dict.fromkeys(["", *prompts])}
+
+
+def _draw_latents(sampling: Sampling, prompts: Sequence[str], texts: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """latents_1TCHW on the CPU of every prompt and variant."""
+    backbone = load_for_sampling(sampling)
+    texts = {prompt: text.to(sampling.device) for prompt, text in texts.items()}
+
+    def draw(prompt: str, variant: str, number: int) -> Tensor:
+        label = f"video {number + 1}/{len(prompts)} {variant.replace('_', ' ')}"
+        return denoise(
+            backbone, sampling.model_path, sampling.geometry, texts[prompt], texts[""], sampling.sampler, label
+        ).cpu()
+
+    latents = []
+    for number, prompt in enumerate(prompts):
+        of_prompt = {}
+        for variant in sampling.variants:
+            if variant == WITHOUT_ADAPTER:
+                with lora_disabled(backbone):
+                    of_prompt[variant] = draw(prompt, variant, number)
+            else:
+                of_prompt[variant] = draw(prompt, variant, number)
+        latents.append(of_prompt)
+    return latents
+
+
+def load_for_sampling(sampling: Sampling) -> nn.Module:
+    """The backbone with its adapter and the fastest attention kernel, in evaluation mode."""
+    backbone = load_backbone(sampling.model_path, sampling.dtype, sampling.device).eval()
+    if sampling.adapter is not None:
+        attach_adapter(backbone, sampling.adapter, sampling.dtype, sampling.adapter_scale, sampling.adapter_source)
+    attentions = [cast(Any, module) for module in backbone.modules() if hasattr(module, "attend")]
+    attend, _ = choose_attention(
+        sampling.attention, sampling.device, sampling.dtype, attentions[0].num_heads, attentions[0].head_dim
+    )
+    for attention in attentions:
+        attention.attend = attend
+    return backbone
