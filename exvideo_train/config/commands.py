@@ -68,6 +68,8 @@ class Sample(Experiment):
     """Strength of the adapter."""
     compare: bool = False
     """Make the same video from the same noise without the adapter too, and both side by side."""
+    batched_guidance: bool = True
+    """Predict with and without prompt in one call of the backbone; false takes less memory."""
     vae_tiling: bool = False
     """Decode in tiles: less memory, faint seams."""
     device: str = "auto"

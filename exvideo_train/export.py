@@ -1,0 +1,92 @@
+"""``python -m exvideo_train.export``: a run's adapter, written for other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from exvideo_train.adapters.formats import Adapter, read_adapter, write_adapter
+from exvideo_train.adapters.provenance import make_provenance
+from exvideo_train.config.commands import Export, Weights
+from exvideo_train.entry import run_command
+from exvideo_train.errors import UserError
+from exvideo_train.files import read_safetensors_header
+from exvideo_train.geometry import Geometry
+from exvideo_train.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_valid_checkpoint
+
+USAGE = """\
+Write a run's adapter for diffusers (and PEFT), DiffSynth-Studio or ComfyUI.
+
+  python -m exvideo_train.export run_dir=RUN format=diffusers adapter=A.safetensors
+"""
+# What the trainer writes at the end of a run.
+FINAL_ADAPTERS = {Weights.raw: "adapter.safetensors", Weights.ema: "adapter_ema.safetensors"}
+
+
+def export(config: Export) -> None:
+    """Find the adapter in the run folder and write it in the format asked for."""
+    target = Path(config.adapter)
+    adapter, source = find_adapter(Path(config.run_dir), config.weights, config.step)
+    write_adapter(
+        target, config.format.value, adapter.tensors, adapter.rank, adapter.alpha, adapter.targets, adapter.provenance
+    )
+    print(
+        f"{target}: {config.format.value}, rank {adapter.rank}, alpha {adapter.alpha:g}, "
+        f"{len(adapter.tensors) // 2} Linears, {target.stat().st_size / 1e9:.3g} GB, "
+        f"{adapter.provenance.get('steps')} steps, from {source}"
+    )
+
+
+def find_adapter(run_dir: Path, weights: Weights, step: int | None) -> tuple[Adapter, Path]:
+    """The adapter of a step, or the one that was trained longest: the finished run's or the newest checkpoint's.
+
+    Raises:
+        UserError: no such run folder or step, nothing saved yet, or no moving average kept.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"run_dir={run_dir}: no such folder; name the run_dir of launch/train.py")
+    checkpoints = {_step_of(path): path for path in list_checkpoints(run_dir)}
+    final = run_dir / FINAL_ADAPTERS[weights]
+    final_step = _final_step(final) if final.exists() else None
+    if step is not None and step != final_step:
+        if step not in checkpoints:
+            steps = sorted({*checkpoints, *([final_step] if final_step is not None else [])})
+            raise UserError(f"step={step}: not in {run_dir}; it has: {', '.join(map(str, steps)) or 'none'}")
+        return _from_checkpoint(load_checkpoint(checkpoints[step]), weights)
+    if final_step is not None and (step is not None or final_step >= max(checkpoints, default=0)):
+        return read_adapter(final), final
+    newest = newest_valid_checkpoint(run_dir, print)
+    if newest is not None and (final_step is None or newest.state.step > final_step):
+        return _from_checkpoint(newest, weights)
+    if final_step is None:
+        raise UserError(f"run_dir={run_dir}: holds no {final.name} and no checkpoint; train first, or wait for one")
+    return read_adapter(final), final
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _final_step(path: Path) -> int:
+    import json
+
+    metadata: Mapping[str, str] = read_safetensors_header(path).get("__metadata__", {})
+    return int(json.loads(metadata.get("exvideo_train", "{}")).get("steps", 0))
+
+
+def _from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> tuple[Adapter, Path]:
+    config: dict[str, Any] = checkpoint.state.config
+    lora = config["lora"]
+    geometry = Geometry(config["num_frames"], config["height"], config["width"], config["fps"])
+    provenance = make_provenance(config["model"]["path"], geometry, checkpoint.state.step, weights=weights.value)
+    tensors = checkpoint.tensors("lora" if weights is Weights.raw else "ema")
+    return Adapter(tensors, lora["rank"], lora["alpha"], tuple(lora["targets"]), provenance), checkpoint.path
+
+
+def main() -> None:
+    run_command(Export, export, "export", USAGE)
+
+
+if __name__ == "__main__":
+    main()
