@@ -5,6 +5,7 @@ Axis letters: F video frames, T latent frames, H height, W width.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from exvideo_train.errors import UserError
@@ -75,3 +76,16 @@ class Geometry:
     def name(self) -> str:
         """Name of the geometry's folder in a latent store, e.g. ``129x480x720_8fps``."""
         return f"{self.num_frames}x{self.height}x{self.width}_{self.fps:g}fps"
+
+    @classmethod
+    def from_name(cls, name: str) -> Geometry:
+        """The inverse of :attr:`name`.
+
+        Raises:
+            UserError: the name has another form, or names a geometry that the model cannot take.
+        """
+        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)_(\d+(?:\.\d+)?)fps", name)
+        if match is None:
+            raise UserError(f"geometry {name!r}: write frames x height x width and rate, like 49x480x720_8fps")
+        frames, height, width = (int(number) for number in match.groups()[:3])
+        return cls(frames, height, width, float(match[4]))

@@ -185,7 +185,9 @@ class ValidationConfig:
     sample_every_steps: int = 0
     """Optimizer steps between sample videos written by a separate process on spare time; 0 writes none."""
     sample_prompts: list[str] = field(default_factory=list)
-    """Prompts of the sample videos; empty takes captions of held-out clips... at most two."""
+    """Prompts of the sample videos; empty takes the captions of the first two held-out clips."""
+    sample_device: str = "cpu"
+    """Device of the process that makes sample videos: name a GPU that does not train, like cuda:7."""
 
 
 @dataclass

@@ -8,13 +8,14 @@ Axis letters: B batch, N heads, S joint sequence, D head dim.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from exvideo_train.config.experiment import AttentionKernel
 from exvideo_train.errors import UserError
@@ -37,9 +38,9 @@ def choose_attention(
     Raises:
         UserError: the kernel asked for does not run here, or none but the one that builds the whole map does.
     """
-    if kernel is AttentionKernel.flash_attn:
-        attend = _flash_attn_package()
-    elif kernel is AttentionKernel.auto and device.type == "cuda" and _has_flash_attn(device):
+    prefers_package = kernel is AttentionKernel.auto and device.type == "cuda" and _has_flash_attn(device)
+    prefers_package = kernel is AttentionKernel.auto and device.type == "cuda" and _has_flash_attn(device)
+    if kernel is AttentionKernel.flash_attn or prefers_package:
         attend = _flash_attn_package()
     elif kernel is AttentionKernel.auto:
         attend = F.scaled_dot_product_attention
@@ -90,7 +91,7 @@ def _sdpa_with(backends: list[SDPBackend]) -> Attend:
     return attend
 
 
-# Operator names as the profiler gives them, and what to call them.
+# Operators as torch dispatches them, and what to call them.
 _KERNEL_OPERATORS = {
     "_scaled_dot_product_cudnn_attention": "cudnn",
     "_scaled_dot_product_flash_attention": "flash",
@@ -101,8 +102,20 @@ _KERNEL_OPERATORS = {
 }
 
 
+class _OperatorNames(TorchDispatchMode):
+    """Notes the name of every operator that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 def probe_kernel(attend: Attend, device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int) -> str:
-    """Run a short attention forward under the profiler and name the operator that it used.
+    """Run a short attention forward and name the operator that it dispatched to.
 
     The probe's length is not divisible by 128, like every length CogVideoX has, because kernels differ in that.
 
@@ -111,18 +124,17 @@ def probe_kernel(attend: Attend, device: torch.device, dtype: torch.dtype, num_h
     """
     shape = (1, num_heads, 226 + 64, head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with contextlib.ExitStack() as stack:
-        profile = stack.enter_context(torch.profiler.profile(activities=activities))
+    with _OperatorNames() as operators:
         try:
             attend(q, k, v)
         except RuntimeError as error:
             reason = str(error).split("\n")[0]
             raise UserError(
-                f"the attention kernel asked for does not run on {device} in {dtype} ({reason}); use memory.attention=auto"
+                f"the attention kernel asked for does not run on {device} in {dtype} ({reason}); "
+                "use memory.attention=auto"
             ) from error
-    seen = {event.key.rsplit("::", 1)[-1] for event in profile.key_averages()}
     for operator, name in _KERNEL_OPERATORS.items():
-        if operator in seen:
+        if operator in operators.seen:
             return name
-    return "unknown: " + ", ".join(sorted(name for name in seen if "attention" in name))
+    # Without a fused operator, attention is two matrix products with the whole map between them.
+    return "math" if {"bmm", "_softmax", "_safe_softmax"} & set(operators.seen) else "unknown"

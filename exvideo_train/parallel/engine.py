@@ -9,6 +9,7 @@ stage or of the number of ranks.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -210,5 +211,33 @@ class TrainingEngine:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         assert torch.equal(lowest, highest), "ranks hold different weights after broadcast"
 
-    def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from self.trainable.items()
+    @contextlib.contextmanager
+    def weights(self, key: str) -> Iterator[None]:
+        """Inside, the module holds the weights themselves ("lora") or their moving average ("ema"), in eval mode.
+
+        Every rank must enter.
+        """
+        from deepspeed import zero
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        parameters = list(self.trainable.values())
+        self.module.eval()
+        kept: list[Tensor] = []
+        if key == EMA:
+            averages = [safe_get_full_optimizer_state(parameter, EMA) for parameter in parameters]
+            with zero.GatheredParameters(parameters, modifier_rank=0):
+                kept = [parameter.detach().clone() for parameter in parameters]
+                _copy_into(parameters, averages)
+        try:
+            yield
+        finally:
+            if key == EMA:
+                with zero.GatheredParameters(parameters, modifier_rank=0):
+                    _copy_into(parameters, kept)
+            self.module.train()
+
+
+def _copy_into(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value.reshape(parameter.shape))

@@ -7,15 +7,18 @@ sequence_size - 1`` share the samples of data rank ``d`` and, where possible, a 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from exvideo_train.errors import UserError
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,25 @@ class Mesh:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control_group)
         return values
+
+    def main_first(self, work: Callable[[], ResultT]) -> ResultT:
+        """Do ``work`` on rank 0, then on the others; a user's mistake found by rank 0 ends all, told once.
+
+        Raises:
+            UserError: on rank 0; the other ranks exit with status 2 and say nothing.
+        """
+        error: str | None = None
+        if self.is_main:
+            try:
+                result = work()
+            except UserError as problem:
+                error = str(problem)
+        error = self.gather(error)[0]
+        if error is not None:
+            if self.is_main:
+                raise UserError(error)
+            raise SystemExit(2)
+        return result if self.is_main else work()
 
     def barrier(self) -> None:
         """Wait for all ranks, on the host."""

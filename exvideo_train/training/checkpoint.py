@@ -278,9 +278,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
     if wrong:
         lines = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in wrong.items())
         raise UserError(f"the checkpoint is of another run: {lines}; use the old values or another run_dir")
-    return [
-        f"{key} was {old!r}, now {new!r}" for key, (old, new) in differing.items() if not key.startswith(ignored)
-    ]
+    return [f"{key} was {old!r}, now {new!r}" for key, (old, new) in differing.items() if not key.startswith(ignored)]
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

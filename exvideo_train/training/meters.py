@@ -1,4 +1,7 @@
-"""What a step costs: time by phase, rates, memory, achieved FLOP/s. Nothing here synchronises the device between logs."""
+"""What a step costs: time by phase, rates, memory, achieved FLOP/s.
+
+Nothing here synchronises the device between logs.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,7 @@ class StepMeter:
         peak_flops: of the device in the compute dtype, FLOP/s, None if unknown.
     """
 
-    def __init__(
-        self, device: torch.device, world_size: int, sequence_size: int, peak_flops: float | None
-    ) -> None:
+    def __init__(self, device: torch.device, world_size: int, sequence_size: int, peak_flops: float | None) -> None:
         self.device = device
         self.world_size = world_size
         self.sequence_size = sequence_size

@@ -1,0 +1,39 @@
+"""``deepspeed launch/train.py``, and ``deepspeed --module exvideo_train.train`` for an installed package."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from exvideo_train.config.commands import Train
+from exvideo_train.entry import run_command
+
+USAGE = """\
+Train a LoRA that extends a video diffusion model to longer videos, and export it.
+
+  deepspeed launch/train.py +exp=129f latents=DIR run_dir=RUN
+
+The same command again continues the run from its newest checkpoint. Exit status: 0 finished, 2 a mistake in options
+or files, 75 interrupted after saving (run the same command again), 74 a rank died or hung.
+On one GPU `python launch/train.py ...` does too; torchrun and srun work alike (docs/launch.md)."""
+
+
+def train(config: Train) -> None:
+    """Run the loop and exit with its status."""
+    # Ranks of one machine share its cores; PyTorch would start a thread a core in each.
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "")
+    if not os.environ["OMP_NUM_THREADS"]:
+        del os.environ["OMP_NUM_THREADS"]
+    from exvideo_train.training.loop import run
+
+    status = run(config)
+    if status:
+        sys.exit(status)
+
+
+def main() -> None:
+    run_command(Train, train, "train", USAGE)
+
+
+if __name__ == "__main__":
+    main()

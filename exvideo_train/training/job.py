@@ -1,0 +1,257 @@
+"""Everything a run needs, checked and put together in order: cheap checks first, so that a mistake costs seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
+
+from exvideo_train.adapters.lora import LoraSettings, apply_lora, load_lora_state, lora_parameters
+from exvideo_train.backbones.hub import resolve_model_path
+from exvideo_train.backbones.registry import backbone_config, backbone_family, load_backbone
+from exvideo_train.config.commands import Train
+from exvideo_train.config.experiment import Dtype, Experiment
+from exvideo_train.diffusion.schedule import NoiseSchedule
+from exvideo_train.errors import UserError
+from exvideo_train.geometry import Geometry
+from exvideo_train.latents.dataset import LatentDataset, MicroBatchPositions, TrainingBatch, collate
+from exvideo_train.latents.fingerprint import model_fingerprint
+from exvideo_train.latents.order import SampleOrder, samples_within_budget, split_held_out
+from exvideo_train.latents.store import LatentStore
+from exvideo_train.parallel.cost import training_flops_per_sample
+from exvideo_train.parallel.engine import TrainingEngine
+from exvideo_train.parallel.hardware import device_peak_flops
+from exvideo_train.parallel.mesh import Mesh
+from exvideo_train.parallel.parallelize import Applied, parallelize
+from exvideo_train.training.checkpoint import Checkpoint, check_same_run, find_checkpoint
+from exvideo_train.training.validation import Validator
+
+Log = Callable[[str], None]
+# What training reads of a published model; T5 and VAE did their work offline.
+TRAINING_PARTS = ("transformer", "scheduler")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The store's clips, divided into training buckets and held-out clips."""
+
+    store: LatentStore
+    buckets: list[tuple[Geometry, list[str]]]
+    held_out: list[str]
+    order: SampleOrder
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What the loop works with."""
+
+    config: Train
+    mesh: Mesh
+    model_path: Path
+    data: Data
+    schedule: NoiseSchedule
+    engine: TrainingEngine
+    applied: Applied
+    checkpoint: Checkpoint | None
+    validator: Validator | None
+    compute_dtype: torch.dtype
+
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s that this rank's device can reach in the compute dtype; None where that is not known."""
+        return device_peak_flops(self.mesh.device)
+
+    @cache  # noqa: B019 (a process has one job)
+    def flops_per_sample(self, geometry: Geometry) -> float:
+        """FLOPs of one sample's forward, recomputation and backward pass."""
+        config = backbone_config(self.model_path)
+        return training_flops_per_sample(config, self.config.lora, geometry, self.config.memory.recompute).total
+
+    def autocast(self) -> torch.autocast:
+        """Products in the compute dtype, whatever the weights are kept in."""
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.mesh.device.type, dtype=self.compute_dtype, enabled=enabled)
+
+
+def plain_config(config: Experiment) -> dict[str, Any]:
+    """A config as JSON values."""
+    content = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def training_dtypes(dtype: Dtype) -> torch.dtype:
+    """Number format of the frozen weights and of autocast.
+
+    An fp16 model trains in bf16: without loss scaling, gradients at 129 frames underflow in fp16.
+    """
+    return torch.float32 if dtype is Dtype.fp32 else torch.bfloat16
+
+
+def check_options(config: Train) -> None:
+    """Options that can be checked without touching a file.
+
+    Raises:
+        UserError: names the option, its value and what it may be.
+    """
+    positive = {
+        "max_steps": config.max_steps,
+        "data.batch_size": config.data.batch_size,
+        "optim.accumulation_steps": config.optim.accumulation_steps,
+        "logger.log_every_steps": config.logger.log_every_steps,
+        "validation.timestep_quantiles": config.validation.timestep_quantiles,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise UserError(f"{name}={value}: must be at least 1")
+    if config.memory.zero_stage not in (1, 2, 3):
+        raise UserError(f"memory.zero_stage={config.memory.zero_stage}: must be 1, 2 or 3; 2 is the default")
+    if not config.optim.lr > 0:
+        raise UserError(f"optim.lr={config.optim.lr}: must be positive; 1e-4 is the default")
+    if len(config.optim.betas) != 2:
+        raise UserError(f"optim.betas={config.optim.betas}: must be two numbers, like [0.9,0.95]")
+    for name, share in {
+        "data.caption_dropout": config.data.caption_dropout,
+        "optim.ema_decay": config.optim.ema_decay,
+    }.items():
+        if not 0 <= share < 1:
+            raise UserError(f"{name}={share}: must be at least 0 and below 1")
+    _ = config.geometry
+
+
+def open_data(config: Train, mesh: Mesh, model_path: Path) -> Data:
+    """Open the store, check that it fits, and divide its clips.
+
+    Raises:
+        UserError: no store, a store of another model or geometry, or too few clips.
+    """
+    store = LatentStore.open(Path(config.latents))
+    geometries = [Geometry.from_name(name) for name in config.data.geometries] or [config.geometry]
+    for geometry in geometries:
+        # Hashing the model's files takes a while: once, on rank 0.
+        if mesh.is_main:
+            store.require(model_fingerprint(model_path, geometry))
+    ids = {geometry: store.clip_ids(geometry) for geometry in geometries}
+    everything = sorted({clip_id for clip_ids in ids.values() for clip_id in clip_ids})
+    training, held_out = split_held_out(everything, config.data.held_out_clips)
+    kept = set(training)
+    buckets = [(geometry, [i for i in clip_ids if i in kept]) for geometry, clip_ids in ids.items()]
+    buckets = [(geometry, clip_ids) for geometry, clip_ids in buckets if clip_ids]
+    budget = config.data.token_budget
+    per_rank = [samples_within_budget(g, budget) if budget else config.data.batch_size for g, _ in buckets]
+    units = mesh.data_size * config.optim.accumulation_steps
+    order = SampleOrder([len(clip_ids) for _, clip_ids in buckets], [n * units for n in per_rank], config.seed)
+    return Data(store, buckets, held_out, order)
+
+
+def prepare(config: Train, mesh: Mesh, log: Log, beat: Callable[[str], None]) -> Job:
+    """Check everything, load the backbone, add the adapter, build the engine, read the checkpoint.
+
+    Args:
+        log: for notes to the user, called on every rank.
+        beat: called when work goes on, for the watchdog.
+
+    Raises:
+        UserError: anything that a user can repair.
+    """
+    # 1. What needs no weights, on rank 0 first: files, fingerprint, checkpoint.
+    mesh.main_first(lambda: check_options(config))
+    model_path = mesh.main_first(lambda: resolve_model_path(config.model.path, config.model.revision, TRAINING_PARTS))
+    beat("opening data")
+    data = mesh.main_first(lambda: open_data(config, mesh, model_path))
+    schedule = NoiseSchedule.from_model(model_path).to(mesh.device)
+    checkpoint = mesh.main_first(lambda: find_checkpoint(Path(config.run_dir), config.resume, log))
+    if checkpoint is not None:
+        found = checkpoint
+        notes = mesh.main_first(lambda: check_same_run(found.state.config, plain_config(config)))
+        for note in notes:
+            log(f"option changed since the checkpoint: {note}")
+
+    # 2. The backbone straight onto the device, then the adapter, then what the checkpoint knows of it.
+    beat("loading the backbone")
+    dtype = training_dtypes(config.model.dtype)
+    backbone = load_backbone(model_path, dtype, mesh.device)
+    settings = LoraSettings(config.lora.rank, config.lora.alpha, tuple(config.lora.targets), config.lora.dropout)
+    mesh.main_first(lambda: apply_lora(backbone, settings, config.seed))
+    if checkpoint is not None:
+        load_lora_state(backbone, checkpoint.tensors("lora"), source=str(checkpoint.path))
+    backbone.train()
+
+    # 3. Parallel forms, then the engine, which broadcasts rank 0's weights and shards the optimizer.
+    beat("building the engine")
+    applied = mesh.main_first(lambda: parallelize(backbone, config, mesh, dtype))
+    engine = TrainingEngine(backbone, lora_parameters(backbone), config, mesh)
+    engine.assert_equal_weights()
+    if checkpoint is not None:
+        load_optimizer(engine, checkpoint)
+    validator = _validator(config, mesh, data, schedule, model_path, beat)
+    return Job(config, mesh, model_path, data, schedule, engine, applied, checkpoint, validator, dtype)
+
+
+def load_optimizer(engine: TrainingEngine, checkpoint: Checkpoint) -> None:
+    """Moments, moving average and step count of a checkpoint into the engine."""
+    files = {key: checkpoint.open(key) for key in engine.state_keys()[1:]}
+    engine.load_optimizer_state(lambda key, name: files[key].get_tensor(name), checkpoint.state.num_updates)
+
+
+def _validator(
+    config: Train, mesh: Mesh, data: Data, schedule: NoiseSchedule, model_path: Path, beat: Callable[[str], None]
+) -> Validator | None:
+    if not config.validation.every_steps or not data.held_out:
+        return None
+    geometry = max((g for g, _ in data.buckets), key=lambda g: g.num_frames)
+    in_geometry = set(data.store.clip_ids(geometry))
+    clip_ids = [clip_id for clip_id in data.held_out if clip_id in in_geometry]
+    if not clip_ids:
+        return None
+    family = backbone_family(model_path)
+    base = Geometry(family.num_base_frames(backbone_config(model_path)), geometry.height, geometry.width, geometry.fps)
+    return Validator(
+        data.store,
+        clip_ids,
+        geometry,
+        schedule,
+        num_quantiles=config.validation.timestep_quantiles,
+        base_latent_frames=base.num_latent_frames,
+        mesh=mesh,
+        on_progress=lambda: beat("validation"),
+    )
+
+
+def batches(job: Job, position: int) -> Iterator[TrainingBatch]:
+    """This data rank's micro-batches from a global position on, for ever, read ahead by worker processes."""
+    config, mesh = job.config, job.mesh
+    dataset = LatentDataset(
+        job.data.store,
+        job.data.buckets,
+        job.data.order,
+        seed=config.seed,
+        num_train_timesteps=job.schedule.num_train_timesteps,
+        caption_dropout=config.data.caption_dropout,
+        max_corrupt_clips=config.data.max_corrupt_clips,
+    )
+    positions = MicroBatchPositions(
+        job.data.order, position, mesh.data_rank, mesh.data_size, config.optim.accumulation_steps
+    )
+    workers = config.data.num_workers
+    loader: DataLoader[TrainingBatch] = DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=positions,
+        collate_fn=collate,
+        num_workers=workers,
+        # A worker forked from a process with GPU and communication threads can deadlock.
+        multiprocessing_context="spawn" if workers else None,
+        pin_memory=mesh.device.type == "cuda",
+    )
+    return iter(loader)
+
+
+def num_trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in lora_parameters(model).values())

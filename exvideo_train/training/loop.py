@@ -1,0 +1,302 @@
+"""The training loop. One step reads top to bottom: batch, noise, prediction, loss, backward, update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from exvideo_train.adapters.formats import write_adapter
+from exvideo_train.adapters.provenance import make_provenance
+from exvideo_train.config.commands import Train
+from exvideo_train.diffusion.objective import add_noise, generator_for, v_prediction_loss, velocity_target
+from exvideo_train.errors import UserError
+from exvideo_train.files import atomic_write_text
+from exvideo_train.latents.dataset import TrainingBatch
+from exvideo_train.latents.order import num_video_tokens
+from exvideo_train.parallel.mesh import init_mesh
+from exvideo_train.training.checkpoint import CheckpointWriter, TrainingState
+from exvideo_train.training.interruption import RESUME_STATUS, Interruption
+from exvideo_train.training.job import Job, batches, num_trainable, plain_config, prepare
+from exvideo_train.training.learning_rate import learning_rate
+from exvideo_train.training.loggers import RunLogger, read_metrics
+from exvideo_train.training.meters import StepMeter
+from exvideo_train.training.samples import SampleProcess
+from exvideo_train.training.validation import draw_curves
+from exvideo_train.training.watchdog import Watchdog
+
+ADAPTER_FILE = "adapter.safetensors"
+EMA_ADAPTER_FILE = "adapter_ema.safetensors"
+
+
+def run(config: Train) -> int:
+    """Train, or go on training, in ``config.run_dir``; returns the exit status (0, or 75: run me again)."""
+    mesh = init_mesh(config.parallel.sequence, max(60.0, 2 * config.safety.rank_timeout_seconds))
+    logger = RunLogger(Path(config.run_dir), config.logger, plain_config(config), mesh.is_main)
+    with (
+        Watchdog(mesh.rank, mesh.world_size, config.safety.rank_timeout_seconds) as watchdog,
+        Interruption(config.safety.time_limit_minutes) as interruption,
+    ):
+        job = prepare(config, mesh, logger.message, watchdog.beat)
+        trainer = Trainer(job, logger, watchdog, interruption)
+        for line in trainer.describe():
+            logger.message(line)
+        status = 0 if config.dry_run else trainer.train()
+        # Leave together: rank 0 holds the watchdog's store.
+        mesh.barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return status
+
+
+@dataclass
+class StepResult:
+    """One optimizer step, its tensors still on the device."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    per_sample: list[tuple[tuple[str, ...], Tensor]] = field(default_factory=list)
+    applied: bool = False
+    grad_norm: float = math.nan
+    lr: float = 0.0
+
+
+class Trainer:
+    """Runs a prepared job to ``max_steps``, or until it is asked to stop."""
+
+    def __init__(self, job: Job, logger: RunLogger, watchdog: Watchdog, interruption: Interruption) -> None:
+        self.job, self.logger, self.watchdog, self.interruption = job, logger, watchdog, interruption
+        self.config, self.mesh, self.engine = job.config, job.mesh, job.engine
+        self.run_dir = Path(self.config.run_dir)
+        options = self.config.checkpoint
+        self.writer = CheckpointWriter(self.run_dir, options.keep_last, options.keep_every, logger.message)
+        self.meter = StepMeter(self.mesh.device, self.mesh.world_size, self.mesh.sequence_size, job.peak_flops)
+        self.samples = SampleProcess(self.config, self.run_dir, job.model_path, logger.message)
+        state = job.checkpoint.state if job.checkpoint else TrainingState(0, 0, 0, 0, {})
+        self.step, self.position = state.step, state.position
+        self.num_updates, self.num_skipped = state.num_updates, state.num_skipped
+        self.skipped_in_a_row = 0
+        self.corrupt_clips: set[str] = set()
+        self.mean_loss: float | None = None
+
+    def train(self) -> int:
+        """The whole run; returns the exit status."""
+        if self.mesh.is_main:
+            atomic_write_text(self.run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
+        self.logger.start(self.step, self.config.max_steps)
+        self.data = batches(self.job, self.position)
+        results: list[StepResult] = []
+        if self.step == 0:
+            self._validate()
+        while self.step < self.config.max_steps:
+            results.append(self._train_step())
+            if self._is_due(self.config.logger.log_every_steps) or not results[-1].applied:
+                self._log(results)
+                results = []
+            if self._is_due(self.config.validation.every_steps):
+                self._validate()
+            stop = self.mesh.any(self.interruption.requested)
+            if stop or self._is_due(self.config.checkpoint.every_steps):
+                self._save(wait=stop)
+            if stop:
+                self.logger.message(
+                    f"stopped after step {self.step} ({self.interruption.reason}); the same command resumes"
+                )
+                self.logger.close()
+                return RESUME_STATUS
+            if self._is_due(self.config.validation.sample_every_steps):
+                self._start_samples()
+        self._finish()
+        return 0
+
+    def _train_step(self) -> StepResult:
+        """One optimizer step."""
+        job, engine, meter, beat = self.job, self.engine, self.meter, self.watchdog.beat
+        result = StepResult(lr=learning_rate(self.step, self.config.max_steps, self.config.optim))
+        for micro_step in range(self.config.optim.accumulation_steps):
+            beat("reading data")
+            with meter.phase("data"):
+                batch = self._next_batch()
+            beat("forward")
+            with meter.phase("forward"), job.autocast():
+                self._seed_dropout(micro_step)
+                noisy_BTCHW = add_noise(job.schedule, batch.latents_BTCHW, batch.noise_BTCHW, batch.timesteps_B)
+                velocity_BTCHW = velocity_target(
+                    job.schedule, batch.latents_BTCHW, batch.noise_BTCHW, batch.timesteps_B
+                )
+                prediction_BTCHW = engine(noisy_BTCHW, batch.text_BLC, batch.timesteps_B)
+                loss = v_prediction_loss(prediction_BTCHW, velocity_BTCHW)
+            beat("backward")
+            with meter.phase("backward"):
+                engine.backward(loss.mean)
+            beat("optimizer")
+            with meter.phase("optimizer"):
+                result.applied, result.grad_norm = engine.step(result.lr)
+            result.losses.append(loss.mean.detach())
+            result.per_sample.append((batch.clip_ids, loss.per_sample_B.detach()))
+        self.step += 1
+        self.num_updates += result.applied
+        self.num_skipped += not result.applied
+        meter.add_step()
+        return result
+
+    def _next_batch(self) -> TrainingBatch:
+        """The next micro-batch on the device; counts it for position, meter and corrupt clips."""
+        batch = next(self.data)
+        self.corrupt_clips.update(batch.replaced)
+        if len(self.corrupt_clips) > self.config.data.max_corrupt_clips:
+            raise UserError(
+                f"{len(self.corrupt_clips)} latent files are corrupt, more than data.max_corrupt_clips="
+                f"{self.config.data.max_corrupt_clips}; repair the store with "
+                f"python -m exvideo_train.latents verify latents={self.config.latents}"
+            )
+        num_samples = len(batch.clip_ids)
+        geometry = self.job.data.buckets[self.job.data.order.locate(batch.positions[0])[0]][0]
+        self.position += num_samples * self.mesh.data_size
+        tokens, flops = num_video_tokens(geometry), self.job.flops_per_sample(geometry)
+        self.meter.add_samples(num_samples, num_samples * tokens, num_samples * flops)
+        device = self.mesh.device
+        return batch._replace(
+            latents_BTCHW=batch.latents_BTCHW.to(device, non_blocking=True),
+            text_BLC=batch.text_BLC.to(device, non_blocking=True),
+            noise_BTCHW=batch.noise_BTCHW.to(device, non_blocking=True),
+            timesteps_B=batch.timesteps_B.to(device, non_blocking=True),
+        )
+
+    def _seed_dropout(self, micro_step: int) -> None:
+        """LoRA dropout is a function of seed, step and rank, so that no random state needs saving."""
+        if self.config.lora.dropout:
+            place = f"dropout/{micro_step}/{self.mesh.rank}"
+            torch.manual_seed(generator_for(self.config.seed, place, self.step).initial_seed())
+
+    def _is_due(self, every_steps: int) -> bool:
+        return every_steps > 0 and self.step % every_steps == 0
+
+    def _log(self, results: list[StepResult]) -> None:
+        """One record for the steps since the last one; here the device is waited for."""
+        last = results[-1]
+        local = torch.stack([loss.double() for result in results for loss in result.losses]).cpu()
+        total = self.mesh.sum(torch.tensor([float(local.sum()), float(len(local))], dtype=torch.float64))
+        loss = float(total[0] / total[1])
+        clip_ids = self._report_bad_steps(results, loss)
+        speed = self.meter.read()
+        corrupt = int(self.mesh.sum(torch.tensor([float(len(self.corrupt_clips))]))[0])
+        values: dict[str, Any] = {
+            "loss": loss,
+            "grad_norm": last.grad_norm,
+            "lr": last.lr,
+            "epoch": self.job.data.order.epoch_of(self.position),
+            "position": self.position,
+            "skipped_updates": self.num_skipped,
+            "corrupt_clips": corrupt,
+            "speed": asdict(speed),
+        }
+        if clip_ids:
+            values["clip_ids"] = clip_ids
+        self.logger.record(self.step, values)
+        self.logger.step_line(self.step, values)
+        if self.skipped_in_a_row > self.config.safety.max_nonfinite_steps:
+            raise UserError(
+                f"{self.skipped_in_a_row} updates in a row had a non-finite gradient (clips above and in "
+                f"metrics.jsonl); the weights are those of the last good update and the last checkpoint is intact. "
+                "Lower optim.lr, or remove the clips from the store; safety.max_nonfinite_steps sets the limit"
+            )
+
+    def _report_bad_steps(self, results: list[StepResult], loss: float) -> list[str]:
+        """Count and tell skipped updates and loss spikes, with the clips of all ranks."""
+        skipped = not results[-1].applied
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        factor = self.config.safety.loss_spike_factor
+        spike = self.mean_loss is not None and math.isfinite(loss) and loss > factor * self.mean_loss
+        if math.isfinite(loss):
+            self.mean_loss = loss if self.mean_loss is None else 0.98 * self.mean_loss + 0.02 * loss
+        if not skipped and not spike:
+            return []
+        own = [(i, float(x)) for r in results for ids, losses in r.per_sample for i, x in zip(ids, losses, strict=True)]
+        everyone = dict(pair for pairs in self.mesh.gather(own) for pair in pairs)
+        shown = ", ".join(f"{clip_id} ({value:.4g})" for clip_id, value in everyone.items())
+        kind = "update skipped: non-finite gradient" if skipped else f"loss spike: {loss:.4g}"
+        self.logger.message(f"step {self.step}: {kind}; clips (losses): {shown}")
+        return list(everyone)
+
+    def _validate(self) -> None:
+        """Score the held-out clips with the adapter and with its moving average; draw the curves."""
+        validator = self.job.validator
+        if validator is None:
+            return
+        record = {}
+        names = ["validation"] + (["validation_ema"] if self.config.optim.ema_decay and self.step else [])
+        for name in names:
+            with self.engine.weights("ema" if name.endswith("ema") else "lora"), self.job.autocast():
+                result = validator.run(self.engine.module)
+            record[name] = result.to_json()
+            gap = "" if result.extension_gap is None else f", extension gap {result.extension_gap:.4f}"
+            self.logger.message(f"step {self.step}: {name.replace('_', ', ')}: loss {result.loss:.4f}{gap}")
+        self.logger.record(self.step, record)
+        if self.mesh.is_main:
+            draw_curves(read_metrics(self.run_dir), self.run_dir / "curves.png")
+
+    def _state(self) -> TrainingState:
+        return TrainingState(self.step, self.position, self.num_updates, self.num_skipped, plain_config(self.config))
+
+    def _save(self, wait: bool) -> dict[str, dict[str, Tensor]]:
+        """Copy the state to rank 0's host memory, then write it in the background."""
+        self.watchdog.beat("copying the checkpoint")
+        tensors = self.engine.gather_state()
+        if self.mesh.is_main:
+            self.writer.save(self._state(), tensors, wait=wait)
+        self.watchdog.beat("checkpoint")
+        return tensors
+
+    def _start_samples(self) -> None:
+        tensors = self.engine.gather_state(["lora"])
+        if self.mesh.is_main:
+            captions = (
+                [self.job.data.store.read(i, self.job.validator.geometry).caption for i in self.job.data.held_out[:2]]
+                if self.job.validator
+                else []
+            )
+            adapter = self.run_dir / "samples" / f"step_{self.step:08d}" / ADAPTER_FILE
+            self._export(adapter, tensors["lora"], "raw")
+            self.samples.start(adapter, captions)
+
+    def _finish(self) -> None:
+        """The last checkpoint and the adapter that other programs load."""
+        tensors = self._save(wait=False)
+        if self.mesh.is_main:
+            self._export(self.run_dir / ADAPTER_FILE, tensors["lora"], "raw")
+            if "ema" in tensors:
+                self._export(self.run_dir / EMA_ADAPTER_FILE, tensors["ema"], "ema")
+            self.writer.finish(raise_error=True)
+            self.samples.finish()
+            if read_metrics(self.run_dir):
+                draw_curves(read_metrics(self.run_dir), self.run_dir / "curves.png")
+        self.logger.message(f"finished {self.step} steps; adapter: {self.run_dir / ADAPTER_FILE}")
+        self.logger.close()
+
+    def _export(self, path: Path, tensors: dict[str, Tensor], weights: str) -> None:
+        lora = self.config.lora
+        provenance = make_provenance(self.config.model.path, self.config.geometry, self.step, weights=weights)
+        write_adapter(path, "diffusers", tensors, lora.rank, lora.alpha, lora.targets, provenance)
+
+    def describe(self) -> list[str]:
+        """What will run, for the log."""
+        data, mesh = self.job.data, self.mesh
+        samples = ", ".join(
+            f"{len(ids)} clips of {g.name} ({n} a step)"
+            for (g, ids), n in zip(data.buckets, data.order.samples_per_step, strict=True)
+        )
+        start = f"from step {self.step} ({self.job.checkpoint.path})" if self.job.checkpoint else "from step 0"
+        return [
+            f"model {self.config.model.path}, backbone {self.job.compute_dtype}, "
+            f"LoRA rank {self.config.lora.rank}: {num_trainable(self.engine.module):,} parameters in fp32",
+            f"{mesh.world_size} ranks on {mesh.device.type} = {mesh.data_size} data x {mesh.sequence_size} sequence, "
+            f"ZeRO-{self.config.memory.zero_stage}, recompute {self.config.memory.recompute.name}, "
+            f"attention kernel {self.job.applied.attention_kernel}",
+            f"{samples}; {len(data.held_out)} held out",
+            f"{start} to {self.config.max_steps} in {self.run_dir}",
+        ]

@@ -1,0 +1,111 @@
+"""Sample videos while training goes on: a process of its own, at low priority, that can fail without harm."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from exvideo_train.config.experiment import Experiment
+from exvideo_train.files import atomic_write_text
+
+
+class SampleProcess:
+    """Starts ``python -m exvideo_train.sample`` for an adapter file; at most one at a time.
+
+    Args:
+        config: geometry, sampler and prompts of the experiment.
+        run_dir: videos go to samples/step_N/ in it.
+        model_path: local folder of the model.
+        log: told when videos are made, or why not.
+    """
+
+    def __init__(self, config: Experiment, run_dir: Path, model_path: Path, log: Callable[[str], None]) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.model_path = model_path
+        self.log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder = run_dir
+
+    def start(self, adapter: Path, captions: Sequence[str]) -> None:
+        """Begin videos for an adapter; when the last ones are still being made these are left out, and that is said."""
+        self.poll()
+        prompts = self.config.validation.sample_prompts or list(captions)
+        if self._process is not None or not prompts:
+            why = "the last ones are not finished" if prompts else "validation.sample_prompts is empty"
+            self.log(f"no sample videos for {adapter.parent.name}: {why}")
+            return
+        self._folder = adapter.parent
+        prompts_file = self._folder / "prompts.txt"
+        atomic_write_text(prompts_file, "".join(" ".join(prompt.split()) + "\n" for prompt in prompts))
+        log_file = open(self._folder / "log.txt", "wb")  # noqa: SIM115 (the child keeps it)
+        self._process = subprocess.Popen(
+            self._command(adapter, prompts_file),
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+            preexec_fn=_be_nice,
+            start_new_session=True,
+        )
+        log_file.close()
+
+    def _command(self, adapter: Path, prompts_file: Path) -> list[str]:
+        config = self.config
+        options = {
+            "model.path": self.model_path,
+            "model.dtype": config.model.dtype.name,
+            "num_frames": config.num_frames,
+            "height": config.height,
+            "width": config.width,
+            "fps": config.fps,
+            "seed": config.seed,
+            "guidance_scale": config.guidance_scale,
+            "num_inference_steps": config.num_inference_steps,
+            "scheduler": config.scheduler.name,
+            "adapter": adapter,
+            "prompts_file": prompts_file,
+            "output": adapter.parent,
+            "device": config.validation.sample_device,
+        }
+        overrides = [
+            f"{name}='{value}'" if isinstance(value, Path) else f"{name}={value}" for name, value in options.items()
+        ]
+        return [sys.executable, "-m", "exvideo_train.sample", *overrides]
+
+    def poll(self) -> None:
+        """Tell the outcome of a process that has ended."""
+        if self._process is None or self._process.poll() is None:
+            return
+        if self._process.returncode == 0:
+            self.log(f"sample videos: {self._folder}")
+        else:
+            self.log(f"sample videos failed (status {self._process.returncode}); see {self._folder / 'log.txt'}")
+        self._process = None
+
+    def finish(self) -> None:
+        """Wait for the videos under way."""
+        if self._process is not None:
+            self._process.wait()
+            self.poll()
+
+
+def _be_nice() -> None:
+    os.nice(10)
+
+
+def _environment() -> dict[str, str]:
+    """Without the launcher's variables: the process is no rank."""
+    launcher = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "CROSS_RANK",
+        "CROSS_SIZE",
+    )
+    return {name: value for name, value in os.environ.items() if name not in launcher}
