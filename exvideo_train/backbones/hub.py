@@ -58,7 +58,7 @@ def _check_parts(folder: Path, parts: Sequence[str]) -> None:
 
 
 def _download(hub_id: str, revision: str | None, parts: Sequence[str]) -> Path:
-    import httpx
+    from huggingface_hub import errors as hub_errors
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -84,7 +84,8 @@ def _download(hub_id: str, revision: str | None, parts: Sequence[str]) -> Path:
         raise UserError(f"model.revision={revision}: {hub_id} has no such branch, tag or commit; correct it") from None
     except HFValidationError as error:
         raise UserError(f"model.path={hub_id}: not a hub id ({error}); correct it") from None
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    # The HTTP library's own base error, under whichever name this version of the hub's client uses it.
+    except (HfHubHTTPError, hub_errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"model.path={hub_id}: no such local folder, and the hub could not be read ({reason}); "
