@@ -1,0 +1,76 @@
+"""The command that turns a data set's metadata and videos into a manifest of clips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from exvideo_train.clips.manifest import BuildOptions, build_manifest, dropped_path, working_folder
+from exvideo_train.clips.sources.base import Source, videos_folder
+from exvideo_train.clips.sources.folder import CaptionedFolder, CaptionTable
+from exvideo_train.clips.sources.internvid import InternVid
+from exvideo_train.clips.sources.panda70m import Panda70M
+from exvideo_train.clips.sources.video_index import VideoIndex, build_video_index
+from exvideo_train.clips.sources.webdataset import WebDataset
+from exvideo_train.config.clips import BuildManifest, SourceKind, VideoLayout
+from exvideo_train.entry import run_command
+from exvideo_train.errors import UserError
+
+USAGE = """
+Build the manifest of clips from a data set's metadata and its downloaded videos.
+
+python data_prep/build_manifest.py source=internvid metadata=M.jsonl videos=DIR manifest=clips.jsonl
+python data_prep/build_manifest.py source=panda70m metadata=M.csv videos=DIR manifest=clips.jsonl probe=false
+python data_prep/build_manifest.py source=webdataset videos=DIR manifest=clips.jsonl
+python data_prep/build_manifest.py source=folder videos=DIR manifest=clips.jsonl
+"""
+
+
+def run(config: BuildManifest) -> None:
+    """Build the manifest and print what became of the rows."""
+    manifest = Path(config.manifest)
+    if manifest.is_dir():
+        raise UserError(f"manifest={manifest} is a folder; give a file name such as {manifest / 'clips.jsonl'}")
+    if not config.timeout_seconds > 0:
+        raise UserError(f"timeout_seconds={config.timeout_seconds}: must be positive")
+    if config.num_workers < 0:
+        raise UserError(f"num_workers={config.num_workers}: must be 0 (one a core) or more")
+    source = make_source(config, manifest)
+    report = build_manifest(source, manifest, BuildOptions(config.probe, config.num_workers, config.timeout_seconds))
+    print("\n".join(report.lines()))
+    print(f"manifest: {manifest}\ndropped:  {dropped_path(manifest)}")
+
+
+def make_source(config: BuildManifest, manifest: Path) -> Source:
+    """The source that the options describe.
+
+    Raises:
+        UserError: an option is missing or names nothing.
+    """
+    if config.source is SourceKind.webdataset:
+        return WebDataset(_given("videos", config.videos, config))
+    if config.source is SourceKind.folder:
+        if config.metadata is None:
+            return CaptionedFolder(_given("videos", config.videos, config))
+        return CaptionTable(config.metadata, config.videos, config.path_column, config.caption_column)
+    metadata = _given("metadata", config.metadata, config)
+    cut = None if config.video_layout is VideoLayout.auto else config.video_layout is VideoLayout.cut
+    index = _index(_given("videos", config.videos, config), manifest)
+    return (InternVid if config.source is SourceKind.internvid else Panda70M)(metadata, index, cut)
+
+
+def _given(option: str, value: str | None, config: BuildManifest) -> str:
+    if not value:
+        raise UserError(f"source={config.source.name} needs {option}=...; --help says what it is")
+    return value
+
+
+def _index(videos: str, manifest: Path) -> VideoIndex:
+    folder = videos_folder(videos)
+    index = build_video_index(folder, working_folder(manifest) / "index")
+    if index.num_files == 0:
+        raise UserError(f"videos={videos} holds no video file; give the folder of the downloaded videos")
+    return index
+
+
+def main() -> None:
+    run_command(BuildManifest, run, "build_manifest", USAGE)

@@ -1,0 +1,74 @@
+"""What has been found out about files so far, kept on disk so that a killed run goes on where it stopped.
+
+SQLite holds it: a lookup needs no memory, and a kill at any moment loses at most the last seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from pathlib import Path
+from types import TracebackType
+
+from exvideo_train.clips.container import split_video
+from exvideo_train.errors import UserError
+
+_COMMIT_SECONDS = 2.0
+
+
+def file_stamp(video: str) -> str:
+    """Changes when the video's file does; empty when there is none."""
+    try:
+        status = os.stat(split_video(video)[0])
+    except OSError:
+        return ""
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+class Journal:
+    """Texts by key, each valid for one stamp. A context manager; leaving it commits."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._committed = time.monotonic()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path)
+            # The journal is a saving, not a record: a lost tail is found out again, so no wait for the disk.
+            self._connection.execute("PRAGMA synchronous = OFF")
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS found (key TEXT PRIMARY KEY, stamp TEXT, content TEXT)"
+            )
+        except (sqlite3.Error, OSError) as error:
+            raise self._user_error(error) from None
+
+    def _user_error(self, error: Exception) -> UserError:
+        return UserError(f"cannot use {self._path}: {error}; free space, or delete it to begin anew")
+
+    def get(self, key: str, stamp: str) -> str | None:
+        """The text noted for this key, if the stamp is still the same."""
+        try:
+            row = self._connection.execute("SELECT stamp, content FROM found WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise self._user_error(error) from None
+        return row[1] if row and row[0] == stamp else None
+
+    def put(self, key: str, stamp: str, content: str) -> None:
+        """Note a text."""
+        try:
+            self._connection.execute("INSERT OR REPLACE INTO found VALUES (?, ?, ?)", (key, stamp, content))
+            if time.monotonic() - self._committed > _COMMIT_SECONDS:
+                self._connection.commit()
+                self._committed = time.monotonic()
+        except sqlite3.Error as error:
+            raise self._user_error(error) from None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.commit()
+        self._connection.close()

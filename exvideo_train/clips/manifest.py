@@ -1,0 +1,263 @@
+"""Data set metadata and videos -> a manifest: streamed, sorted, without duplicates, probed in parallel.
+
+Rows are parsed in worker processes, each of which writes sorted runs; the runs are merged as the manifest is written.
+So neither the metadata nor the manifest is ever in memory, and the result depends on neither the order of the rows
+nor the number of workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from exvideo_train.clips.container import Reason, VideoInfo
+from exvideo_train.clips.probing import probe_videos
+from exvideo_train.clips.record import ClipRecord, parse_record
+from exvideo_train.clips.sorting import merge_runs, write_run
+from exvideo_train.clips.sources.base import Dropped, RawRows, Source
+from exvideo_train.clips.workers import Failed, parallel_map
+from exvideo_train.errors import UserError
+from exvideo_train.files import atomic_write
+
+DUPLICATE = "duplicate"
+# Sorting key and content of a line in a run; both are free of control characters.
+_SEPARATOR = "\x01"
+_PARSE_TIMEOUT_SECONDS = 3600.0
+# How far a span's end may lie beyond the last frame, and a cut video's length from the span's.
+_SPAN_TOLERANCE_SECONDS = 1.0
+_CUT_TOLERANCE_SECONDS = 0.5
+
+
+@dataclass
+class ManifestReport:
+    """What became of a data set's rows."""
+
+    num_clips: int = 0
+    num_videos: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def lines(self) -> list[str]:
+        """A table for a person."""
+        rows = [("clips", self.num_clips), ("videos", self.num_videos)]
+        rows += [(f"dropped: {reason}", count) for reason, count in sorted(self.dropped.items())]
+        width = max(len(name) for name, _ in rows)
+        return [f"{name:<{width}}  {count:>12,}" for name, count in rows]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a manifest is built; see `exvideo_train.config.clips.BuildManifest` for units and reasons."""
+
+    probe: bool = True
+    num_workers: int = 0
+    timeout_seconds: float = 60.0
+    progress: bool = True
+
+
+def dropped_path(manifest: Path) -> Path:
+    """The list of what did not enter a manifest, beside it."""
+    return manifest.with_name(f"{manifest.stem}.dropped.jsonl")
+
+
+def working_folder(manifest: Path) -> Path:
+    """Temporary files of a manifest in the making, beside it; removed when it is finished."""
+    return manifest.with_name(f".{manifest.name}.building")
+
+
+def build_manifest(source: Source, manifest: Path, options: BuildOptions) -> ManifestReport:
+    """Write the manifest of a data set and the list of its drops; both appear whole or not at all.
+
+    A run that was killed is continued by the same call: videos probed already are not opened again.
+
+    Args:
+        source: the data set.
+        manifest: file to write.
+        options: probing and processes.
+
+    Raises:
+        UserError: no clip at all can be used, or the target cannot be written.
+    """
+    folder = working_folder(manifest)
+    runs = folder / "runs"
+    try:
+        shutil.rmtree(runs, ignore_errors=True)
+        runs.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"manifest={manifest}: cannot write {folder}: {error.strerror}; choose a writable folder"
+        ) from None
+    report = ManifestReport()
+    num_rows = _write_runs(source, runs, options)
+    drops: list[Path] = sorted(runs.glob("dropped-*"))
+    late_drops = folder / "late_drops.jsonl"
+    clips = merge_runs(sorted(runs.glob("clips-*")), runs)
+    with open(late_drops, "w", encoding="utf-8") as late:
+        lines = _without_duplicates(clips, report, late)
+        if options.probe:
+            lines = _probed(lines, source.may_be_cut, folder / "probes.sqlite", options, report, late)
+        bar = tqdm(lines, "writing clips", num_rows, unit="clip", unit_scale=True, disable=not options.progress)
+        atomic_write(manifest, partial(_write_clips, lines=bar, report=report))
+    atomic_write(
+        dropped_path(manifest), partial(_write_drops, drops=drops, late=late_drops, folder=runs, report=report)
+    )
+    if report.num_clips == 0:
+        manifest.unlink()
+        raise UserError(_why_empty(manifest, report))
+    shutil.rmtree(folder)
+    return report
+
+
+def _why_empty(manifest: Path, report: ManifestReport) -> str:
+    counts = ", ".join(f"{reason} {count}" for reason, count in report.dropped.most_common()) or "no rows"
+    return (
+        f"manifest={manifest}: no clip can be used ({counts}; listed in {dropped_path(manifest)}). Check that videos= "
+        "is the folder whose files are named by the ids in metadata=; output of video2dataset needs source=webdataset"
+    )
+
+
+def _write_runs(source: Source, runs: Path, options: BuildOptions) -> int:
+    """Parse everything; returns the number of clips, duplicates included."""
+    num_clips = 0
+    parse = partial(_parse_piece, source, runs)
+    pieces = enumerate(source.pieces())
+    with tqdm(
+        total=source.total_progress(),
+        unit=source.progress_unit,
+        unit_scale=True,
+        desc="reading metadata",
+        disable=not options.progress,
+    ) as bar:
+        results = parallel_map(
+            parse, pieces, options.num_workers, _PARSE_TIMEOUT_SECONDS, tasks_per_worker=10**9, ahead_per_worker=2
+        )
+        for (_, piece), found in results:
+            if isinstance(found, Failed):
+                raise UserError(f"{piece.where}: reading it failed: {found.detail}")
+            num_clips += found
+            bar.update(piece.progress)
+    return num_clips
+
+
+def _parse_piece(source: Source, runs: Path, numbered: tuple[int, RawRows]) -> int:
+    """One worker's task: parse a piece, write its clips and its drops as sorted runs; returns the number of clips."""
+    number, piece = numbered
+    clips: list[str] = []
+    drops: list[str] = []
+    for entry in source.parse(piece):
+        if isinstance(entry, ClipRecord):
+            clips.append(f"{_sort_key(entry)}{_SEPARATOR}{entry.to_json()}\n")
+        else:
+            drops.append(_drop_line(entry))
+    if clips:
+        write_run(runs / f"clips-{number:09d}", clips)
+    if drops:
+        write_run(runs / f"dropped-{number:09d}", drops)
+    return len(clips)
+
+
+def _sort_key(record: ClipRecord) -> str:
+    """By video, so that each is opened once, then by span; two clips with one id are always neighbours.
+
+    The id depends on the data set's span, which a cut video's record no longer shows, so it closes the key.
+    """
+    start_ms = round(record.start_seconds * 1000)
+    end_ms = 10**15 if record.end_seconds is None else round(record.end_seconds * 1000)
+    video = record.video.replace("\n", "\\n").replace(_SEPARATOR, " ")
+    return f"{video}\t{start_ms:016d}\t{end_ms:016d}\t{record.clip_id}"
+
+
+def _drop_line(drop: Dropped) -> str:
+    content = {name: value for name, value in dataclasses.asdict(drop).items() if value not in ("", None)}
+    return json.dumps(content, ensure_ascii=True) + "\n"
+
+
+def _without_duplicates(lines: Iterable[str], report: ManifestReport, late: TextIO) -> Iterator[tuple[str, str]]:
+    """(video, JSON) with each id once: of rows with equal source, video and span the first in sorted order stays."""
+    previous = ""
+    for line in lines:
+        key, _, content = line.partition(_SEPARATOR)
+        video, _, _, clip_id = key.rsplit("\t", 3)
+        if clip_id == previous:
+            report.dropped[DUPLICATE] += 1
+            record = parse_record(content, Path("/"), 0)
+            late.write(_drop_line(_dropped(record, DUPLICATE, "same source, video and span as a clip before it")))
+            continue
+        previous = clip_id
+        yield video, content
+
+
+def _dropped(record: ClipRecord, reason: str, detail: str) -> Dropped:
+    return Dropped(reason, detail, record.clip_id, record.video, record.start_seconds, record.end_seconds)
+
+
+def _probed(
+    lines: Iterator[tuple[str, str]],
+    may_be_cut: bool,
+    journal_path: Path,
+    options: BuildOptions,
+    report: ManifestReport,
+    late: TextIO,
+) -> Iterator[tuple[str, str]]:
+    """Fill in what probing finds, each video opened once; drop clips whose video or span is unusable."""
+    groups = ((video, [text for _, text in group]) for video, group in groupby(lines, key=lambda line: line[0]))
+    for texts, found in probe_videos(groups, journal_path, options.num_workers, options.timeout_seconds):
+        for text in texts:
+            record = parse_record(text, Path("/"), 0)
+            result = found if isinstance(found, Failed) else _with_info(record, found, may_be_cut and len(texts) == 1)
+            if isinstance(result, Failed):
+                report.dropped[result.reason] += 1
+                late.write(_drop_line(_dropped(record, result.reason, result.detail)))
+            else:
+                yield record.video, result.to_json() + "\n"
+
+
+def _with_info(record: ClipRecord, info: VideoInfo, may_be_cut: bool) -> ClipRecord | Failed:
+    length = info.duration_seconds
+    start, end = record.start_seconds, record.end_seconds
+    if length is not None and end is not None and end > length + _SPAN_TOLERANCE_SECONDS:
+        if may_be_cut and abs(length - (end - start)) <= _CUT_TOLERANCE_SECONDS:
+            start, end = 0.0, None
+        else:
+            return Failed(Reason.SPAN_PAST_END.value, f"span {start:.3f}..{end:.3f} s of a video of {length:.3f} s")
+    if length is not None and start >= length:
+        return Failed(Reason.SPAN_PAST_END.value, f"start {start:.3f} s of a video of {length:.3f} s")
+    duration = length if end is None else end if length is None else min(end, length)
+    return dataclasses.replace(
+        record,
+        start_seconds=start,
+        end_seconds=end,
+        fps=round(info.fps, 6) or None,
+        width=info.width,
+        height=info.height,
+        duration_seconds=None if duration is None else round(duration - start, 6),
+        codec=info.codec,
+    )
+
+
+def _write_clips(path: Path, lines: Iterable[tuple[str, str]], report: ManifestReport) -> None:
+    previous = ""
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as stream:
+        for video, content in lines:
+            stream.write(content)
+            report.num_clips += 1
+            report.num_videos += video != previous
+            previous = video
+
+
+def _write_drops(path: Path, drops: list[Path], late: Path, folder: Path, report: ManifestReport) -> None:
+    with open(path, "w", encoding="utf-8") as stream:
+        for line in merge_runs(drops, folder):
+            report.dropped[json.loads(line)["reason"]] += 1
+            stream.write(line)
+        with open(late, encoding="utf-8") as lines:
+            stream.writelines(lines)

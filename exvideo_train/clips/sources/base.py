@@ -1,0 +1,160 @@
+"""What every data set gives: candidates for clips, or rows that are none, with the reason."""
+
+from __future__ import annotations
+
+import glob
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exvideo_train.clips.record import ClipRecord, make_clip_id
+from exvideo_train.errors import UserError
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".ts", ".flv", ".mpg", ".mpeg", ".3gp")
+
+MALFORMED_ROW = "malformed_row"
+
+_TIMESTAMP = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:[.,]\d+)?)")
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row or clip that does not enter the manifest; `reason` is a stable word, `where` names file and line."""
+
+    reason: str
+    detail: str
+    where: str = ""
+    video: str = ""
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """A piece of a data set that one worker parses at a time, and how much of the whole it is.
+
+    Args:
+        where: the file it comes from.
+        rows: (line number, content) pairs, content as the source's `parse` expects it.
+        progress: units of `Source.total_progress` that this piece covers.
+    """
+
+    where: str
+    rows: list[tuple[int, Any]]
+    progress: int
+
+
+@dataclass
+class Source(ABC):
+    """A kind of data set. `pieces` runs in the parent and is cheap; `parse` runs in workers, so sources pickle."""
+
+    name: str = field(default="", init=False)
+
+    @abstractmethod
+    def pieces(self) -> Iterator[RawRows]:
+        """The data set in pieces of bounded size, in a fixed order."""
+
+    @abstractmethod
+    def parse(self, piece: RawRows) -> Iterator[ClipRecord | Dropped]:
+        """Clips of one piece."""
+
+    @abstractmethod
+    def total_progress(self) -> int | None:
+        """Sum of all pieces' `progress`, None when it is unknown."""
+
+    progress_unit: str = field(default="B", init=False)
+    """What `progress` counts: bytes (B) or files."""
+
+    may_be_cut: bool = field(default=False, init=False)
+    """Whether a video may turn out, on probing, to be the span alone rather than the whole source video."""
+
+    def record(
+        self,
+        video_key: str,
+        video: str,
+        span: tuple[float, float | None],
+        caption: str,
+        scores: dict[str, float],
+        cut: bool = False,
+    ) -> ClipRecord:
+        """A clip whose id comes of the data set's own span; a video that is cut already is used from end to end."""
+        start, end = (0.0, None) if cut else span
+        return ClipRecord(make_clip_id(self.name, video_key, *span), self.name, video, start, end, caption, scores)
+
+
+def parse_timestamp(text: object) -> float:
+    """Seconds of ``H:MM:SS.mmm``, ``MM:SS`` or a plain number.
+
+    Raises:
+        ValueError: none of these.
+    """
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        return float(text)
+    if isinstance(text, str):
+        match = _TIMESTAMP.fullmatch(text.strip())
+        if match:
+            hours, minutes, seconds = match.groups()
+            return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds.replace(",", "."))
+        try:
+            return float(text)
+        except ValueError:
+            pass
+    raise ValueError(f"timestamp {text!r} is not H:MM:SS.mmm")
+
+
+def span_problem(start: float, end: float | None) -> str | None:
+    """What is wrong with a span, None when nothing is."""
+    if not math.isfinite(start) or (end is not None and not math.isfinite(end)):
+        return f"span {start}..{end} is not finite"
+    if start < 0:
+        return f"start {start:g} s is negative"
+    if end is not None and end <= start:
+        return f"end {end:g} s is not after start {start:g} s"
+    return None
+
+
+def as_score(value: object) -> float | None:
+    """A number, or None for what is not one; lists of one number count, text too."""
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, bool) or value is None:
+        return None
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def metadata_files(metadata: str) -> list[Path]:
+    """The files that a `metadata` option names: one path, or a glob pattern.
+
+    Raises:
+        UserError: none exists, or one is empty.
+    """
+    path = Path(metadata)
+    paths = [path] if path.exists() else sorted(Path(name) for name in glob.glob(metadata))
+    if not paths:
+        raise UserError(f"metadata={metadata} does not exist; give the data set's metadata file")
+    for entry in paths:
+        if not entry.is_file():
+            raise UserError(f"metadata={entry} is not a file; give the data set's metadata file or a glob pattern")
+        if entry.stat().st_size == 0:
+            raise UserError(f"metadata={entry} is empty; download it again")
+    return paths
+
+
+def videos_folder(videos: str) -> Path:
+    """The folder that a `videos` option names, absolute.
+
+    Raises:
+        UserError: it is not a folder.
+    """
+    path = Path(videos)
+    if not path.is_dir():
+        raise UserError(f"videos={videos} is not a folder; give the folder of the downloaded videos")
+    return path.absolute()
