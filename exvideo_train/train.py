@@ -20,10 +20,9 @@ On one GPU `python launch/train.py ...` does too; torchrun and srun work alike (
 
 def train(config: Train) -> None:
     """Run the loop and exit with its status."""
-    # Ranks of one machine share its cores; PyTorch would start a thread a core in each.
-    os.environ.setdefault("OMP_NUM_THREADS", "1" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "")
-    if not os.environ["OMP_NUM_THREADS"]:
-        del os.environ["OMP_NUM_THREADS"]
+    # Ranks of one machine share its cores; PyTorch would start a thread a core in each of them.
+    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_local_ranks)))
     from exvideo_train.training.loop import run
 
     status = run(config)

@@ -71,7 +71,8 @@ class RunLogger:
     def _drop_records_after(self, step: int) -> None:
         path = self.run_dir / METRICS_FILE
         if path.exists():
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+            # From step 0 nothing is kept: the validation before the first step is made again.
+            kept = [line for line in _whole_lines(path) if 0 < step >= json.loads(line)["step"]]
             atomic_write_text(path, "".join(line + "\n" for line in kept))
 
     def message(self, text: str) -> None:
