@@ -92,7 +92,7 @@ def _serve(connection: Connection, geometry: Geometry) -> None:
             connection.send(Failure("decoder_error", f"{type(error).__name__}: {error}"))
         else:
             connection.send(None)
-            connection.send_bytes(memoryview(frames_FHWC.numpy()).cast("B"))
+            connection.send_bytes(frames_FHWC.numpy().data.cast("B"))
 
 
 class DecodeWorker:
@@ -147,7 +147,7 @@ class DecodeWorker:
                 if failure is not None:
                     return None, failure
                 frames_FHWC = torch.empty((geometry.num_frames, geometry.height, geometry.width, 3), dtype=torch.uint8)
-                self._connection.recv_bytes_into(memoryview(frames_FHWC.numpy()).cast("B"))
+                self._connection.recv_bytes_into(frames_FHWC.numpy().data.cast("B"))
                 return frames_FHWC, None
         except (EOFError, OSError):
             code = self.close()

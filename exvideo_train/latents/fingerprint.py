@@ -22,6 +22,7 @@ COMPONENTS = ("vae", "text_encoder", "tokenizer")
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt")
 # Raise it whenever clips.reader would give other pixels for the same clip: sampling moments, resize, crop.
 FRAME_RULE_VERSION = 1
+PUBLISHED_TEXT_LENGTH = 226
 
 _REMEDIES = {
     "model": "point model.path to the model that encoded the store, or encode into a new latents folder",
@@ -142,9 +143,13 @@ def model_fingerprint(
 
 
 def read_text_length(model_path: Path) -> int:
-    """Tokens a caption is padded to: ``max_text_seq_length`` of transformer/config.json, 226 as published."""
-    config = _read_config(model_path / "transformer" / "config.json")
-    return int(config.get("max_text_seq_length", 226))
+    """Tokens a caption is padded to: ``max_text_seq_length`` of transformer/config.json.
+
+    226, as of every published CogVideoX, where the model's folder has no transformer: encoding downloads none.
+    """
+    path = model_path / "transformer" / "config.json"
+    config = _read_config(path) if path.exists() else {}
+    return int(config.get("max_text_seq_length", PUBLISHED_TEXT_LENGTH))
 
 
 def read_scaling_factor(model_path: Path) -> float:

@@ -30,6 +30,7 @@ class Quarantine:
     """The quarantined clips of one geometry of a store."""
 
     def __init__(self, store_path: Path, geometry: Geometry) -> None:
+        self.geometry = geometry
         self.folder = store_path / "reports" / "quarantine" / geometry.name
 
     def _path(self, clip_id: str) -> Path:

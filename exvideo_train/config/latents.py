@@ -1,0 +1,47 @@
+"""The options of encode_latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import MISSING
+
+from exvideo_train.config.experiment import Dtype, Experiment
+
+
+class EncodeEngine(Enum):
+    """What starts and feeds the encoders."""
+
+    local = "local"
+    ray = "ray"
+
+
+@dataclass
+class EncodeLatents(Experiment):
+    manifest: str = MISSING
+    """Clips to encode: the JSON lines of build_manifest or filter_clips."""
+    latents: str = MISSING
+    """Latent store to write or continue. Several geometries of one model share a store."""
+    engine: EncodeEngine = EncodeEngine.local
+    """local takes every GPU of this machine, or of all machines under accelerate launch; ray runs on a Ray cluster."""
+    encoder_dtype: Dtype = Dtype.bf16
+    """Number format of T5 and the VAE while encoding. fp32 is for tests on a CPU."""
+    tiling: bool = False
+    """Encode frames in tiles: less GPU memory, slightly other latents. A store is either tiled or not."""
+    device: str = "auto"
+    """auto takes every GPU, else the CPU; cuda:N takes one; cpu takes none."""
+    decode_workers: int = 0
+    """Decoding processes an encoder; 0 shares the machine's cores out among its encoders."""
+    prefetch_clips: int = 4
+    """Decoded clips that wait for an encoder; 129 frames of 480x720 are 134 MB each."""
+    clip_timeout_seconds: float = 300.0
+    """Decoding one clip may take so long before its process is killed and the clip quarantined."""
+    recycle_after_clips: int = 200
+    """A decoding process is replaced after so many clips, so that a decoder's leaks cannot grow."""
+    max_clips: int = 0
+    """Encode so many clips and stop, with the projected time for the rest; 0 encodes all."""
+    retry_quarantined: bool = False
+    """Try quarantined clips again."""
+    dry_run: bool = False
+    """Print what would be done, disk needed included, and touch nothing."""

@@ -1,0 +1,338 @@
+"""From a manifest to a latent store: the road of one run of encode_latents.
+
+One launched process of each machine coordinates: it plans (the first rank), starts an encoding process a device,
+watches them, and at the end brings the index up to date and reports. It loads no model itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from exvideo_train.backbones.hub import resolve_model_path
+from exvideo_train.config.latents import EncodeEngine, EncodeLatents
+from exvideo_train.errors import UserError
+from exvideo_train.files import atomic_write_json
+from exvideo_train.latents.fingerprint import model_fingerprint, read_scaling_factor, read_text_length
+from exvideo_train.latents.plan import (
+    EncodeSettings,
+    Plan,
+    check_writable,
+    make_plan,
+    sweep_temporary_files,
+    write_index,
+)
+from exvideo_train.latents.progress import Progress
+from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.report import Report, make_report, totals_from_json, totals_to_json, write_report
+from exvideo_train.latents.store import LatentStore, caption_digest
+from exvideo_train.latents.supervise import Supervisor
+from exvideo_train.latents.work import HEARTBEAT_SECONDS, SILENCE_SECONDS, WorkList
+
+INTERRUPTED_STATUS = 130
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those that were launched together."""
+
+    rank: int
+    world_size: int
+    devices: list[str]
+
+
+def encode_latents(config: EncodeLatents) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: bad options or manifest, a store of another model, a full disk or a read-only folder.
+    """
+    launch = find_launch(config.device)
+    settings = resolve_settings(config, num_local_encoders=len(launch.devices))
+    if config.dry_run:
+        if launch.rank == 0:
+            print(
+                _plan(config, settings, LatentStore.create(settings.store_path, settings.scaling_factor)).describe(
+                    settings
+                )
+            )
+        return
+    if launch.rank == 0:
+        _run_first_rank(config, settings, launch)
+    else:
+        _share(launch, None)
+        _run_other_rank(settings, launch)
+
+
+def resolve_settings(config: EncodeLatents, num_local_encoders: int) -> EncodeSettings:
+    """Check the options and find out everything that shapes the latents.
+
+    Raises:
+        UserError: an option has no sense, or the model is not there.
+    """
+    for name in ("prefetch_clips", "recycle_after_clips", "clip_timeout_seconds"):
+        if getattr(config, name) <= 0:
+            raise UserError(f"{name}={getattr(config, name)}: must be positive")
+    for name in ("decode_workers", "max_clips"):
+        if getattr(config, name) < 0:
+            raise UserError(f"{name}={getattr(config, name)}: must be 0 or more")
+    if not Path(config.manifest).is_file():
+        raise UserError(f"manifest={config.manifest} does not exist; write it with data_prep/build_manifest.py")
+    geometry = config.geometry
+    model_path = resolve_model_path(config.model.path, config.model.revision, ("vae", "text_encoder", "tokenizer"))
+    text_length = read_text_length(model_path)
+    dtype = config.encoder_dtype.value
+    fingerprint = model_fingerprint(
+        model_path,
+        geometry,
+        vae_dtype=dtype,
+        text_dtype=dtype,
+        tiling=config.tiling,
+        text_length=text_length,
+        write_cache=not config.dry_run,
+    )
+    return EncodeSettings(
+        model_path=model_path.absolute(),
+        store_path=Path(config.latents).absolute(),
+        fingerprint=fingerprint,
+        scaling_factor=read_scaling_factor(model_path),
+        dtype=dtype,
+        tiling=config.tiling,
+        text_length=text_length,
+        decode_workers=config.decode_workers or max(1, (_num_cores() - 1) // max(1, num_local_encoders)),
+        prefetch_clips=config.prefetch_clips,
+        clip_timeout_seconds=config.clip_timeout_seconds,
+        recycle_after_clips=config.recycle_after_clips,
+    )
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def find_launch(device: str) -> Launch:
+    """Rank, number of ranks and this process's devices, under ``accelerate launch``, torchrun or none of them.
+
+    Raises:
+        UserError: a device that is not there.
+    """
+    import torch
+
+    local_rank, num_local = 0, 1
+    rank, world_size = 0, 1
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from datetime import timedelta
+
+        from accelerate import PartialState
+
+        # Over the CPU: coordinating needs no GPU memory. The first rank may plan a million clips meanwhile.
+        state = PartialState(cpu=True, timeout=timedelta(hours=6))
+        rank, world_size = state.process_index, state.num_processes
+        local_rank = state.local_process_index
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_gpus = torch.cuda.device_count()
+    if device == "auto":
+        mine = [f"cuda:{index}" for index in range(num_gpus) if index % num_local == local_rank % num_local]
+        return Launch(rank, world_size, mine or ["cpu"])
+    if device == "cpu" or (device.startswith("cuda:") and device[5:].isdigit() and int(device[5:]) < num_gpus):
+        return Launch(rank, world_size, [device])
+    raise UserError(f"device={device}: this machine has {num_gpus} GPUs; use device=auto, cpu or cuda:N")
+
+
+def _share(launch: Launch, outcome: str | None) -> None:
+    """The first rank tells the others that the work list stands, or why not."""
+    if launch.world_size == 1:
+        return
+    from accelerate.utils import broadcast_object_list
+
+    box = [outcome]
+    broadcast_object_list(box)
+    if launch.rank != 0 and box[0] is not None:
+        # The first rank prints the message.
+        raise SystemExit(2)
+
+
+def _lock(store_path: Path) -> IO[str]:
+    """The store's lock, held until the file is closed; the system frees it however this process ends."""
+    check_writable(store_path)
+    lock = open(store_path / "reports" / "lock", "a")  # noqa: SIM115 - it is held for the whole run
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(
+            f"latents={store_path}: another run is encoding into this store; wait for it, or stop it first"
+        ) from None
+    return lock
+
+
+def _plan(config: EncodeLatents, settings: EncodeSettings, store: LatentStore) -> Plan:
+    if settings.fingerprint.geometry.name in store.fingerprints:
+        store.require(settings.fingerprint)
+    return make_plan(settings, store, Path(config.manifest), config.retry_quarantined, config.max_clips)
+
+
+def _prepare(config: EncodeLatents, settings: EncodeSettings, launch: Launch) -> tuple[LatentStore, Plan]:
+    """Everything before the first clip: store, plan, work list."""
+    store = LatentStore.create(settings.store_path, settings.scaling_factor)
+    plan = _plan(config, settings, store)
+    print(plan.describe(settings), flush=True)
+    store.add_geometry(settings.fingerprint)
+    sweep_temporary_files(store, settings.geometry)
+    quarantine = Quarantine(store.path, settings.geometry)
+    if config.retry_quarantined:
+        for record in plan.pending:
+            quarantine.remove(record.clip_id)
+    if config.engine is EncodeEngine.local:
+        WorkList(store.path).create(plan.pending, launch.world_size * len(launch.devices))
+    return store, plan
+
+
+def _run_first_rank(config: EncodeLatents, settings: EncodeSettings, launch: Launch) -> None:
+    began = time.monotonic()
+    try:
+        lock = _lock(settings.store_path)
+        store, plan = _prepare(config, settings, launch)
+    except UserError as error:
+        _share(launch, str(error))
+        raise
+    _share(launch, None)
+    with lock:
+        _encode(config, settings, launch, store, plan, began)
+
+
+def _encode(
+    config: EncodeLatents, settings: EncodeSettings, launch: Launch, store: LatentStore, plan: Plan, began: float
+) -> None:
+    supervisor: Any
+    poll = None if launch.world_size == 1 else WorkList(store.path).num_unsettled
+    progress = Progress(len(plan.pending), poll)
+    if config.engine is EncodeEngine.ray:
+        from exvideo_train.latents.ray_engine import RayEngine
+
+        supervisor = RayEngine(settings, plan.pending, progress)
+    else:
+        supervisor = Supervisor(settings, launch.devices, progress)
+    interrupted, failure = False, None
+    with _stop_on_signals():
+        try:
+            if plan.pending or not store.empty_prompt_path.exists():
+                _run_to_the_end(supervisor, settings, launch)
+        except KeyboardInterrupt:
+            interrupted = True
+        except UserError as error:
+            failure = error
+        finally:
+            progress.close()
+    totals, missing = list(supervisor.totals), list[int]()
+    if launch.world_size > 1:
+        others, missing = _collect_totals(settings.store_path, launch, wait=not interrupted and failure is None)
+        totals += others
+    _finish(settings, store, plan, totals, missing, time.monotonic() - began, failure)
+    if failure is not None:
+        raise failure
+    if interrupted:
+        print("interrupted; the same command again continues", flush=True)
+        raise SystemExit(INTERRUPTED_STATUS)
+
+
+def _run_to_the_end(supervisor: Any, settings: EncodeSettings, launch: Launch) -> None:
+    """Run this machine's encoders until no block is left, neither free nor in a silent owner's hands."""
+    supervisor.run()
+    if launch.world_size == 1:
+        return
+    work = WorkList(settings.store_path)
+    while any(work.counts()):
+        work.give_back_silent(settings.store_path / "reports" / "clock")
+        if work.counts()[0]:
+            supervisor.run()
+        time.sleep(HEARTBEAT_SECONDS)
+
+
+def _run_other_rank(settings: EncodeSettings, launch: Launch) -> None:
+    supervisor = Supervisor(settings, launch.devices, lambda clip_id: None)
+    path = _totals_path(settings.store_path, launch.rank)
+    with _stop_on_signals():
+        try:
+            supervisor.run()
+        except KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED_STATUS) from None
+        finally:
+            atomic_write_json(path, totals_to_json(supervisor.totals))
+
+
+def _totals_path(store_path: Path, rank: int) -> Path:
+    return store_path / "reports" / "ranks" / f"{rank:05d}.json"
+
+
+def _collect_totals(store_path: Path, launch: Launch, wait: bool) -> tuple[list[Any], list[int]]:
+    """Totals of the other ranks, and the ranks that gave none."""
+    totals: list[Any] = []
+    missing: list[int] = []
+    deadline = time.monotonic() + (SILENCE_SECONDS if wait else 0)
+    for rank in range(1, launch.world_size):
+        path = _totals_path(store_path, rank)
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        if path.exists():
+            totals += totals_from_json(json.loads(path.read_text()))
+            path.unlink()
+        else:
+            missing.append(rank)
+    return totals, missing
+
+
+def _finish(
+    settings: EncodeSettings,
+    store: LatentStore,
+    plan: Plan,
+    totals: list[Any],
+    missing: list[int],
+    wall_seconds: float,
+    failure: UserError | None,
+) -> Report | None:
+    """Index, report and tidying up; on a full disk as much of it as fits."""
+    try:
+        sweep_temporary_files(store, settings.geometry)
+        entries = write_index(store, settings.geometry)
+        quarantine = Quarantine(store.path, settings.geometry)
+        quarantined: Counter[str] = Counter(plan.num_held_back)
+        pending = {record.clip_id: caption_digest(record.caption) for record in plan.pending}
+        quarantined.update(entry.reason for entry in quarantine if entry.clip_id in pending)
+        encoded = sum(
+            clip_id in entries and entries[clip_id].caption_sha256 == caption for clip_id, caption in pending.items()
+        )
+        report = make_report(plan, totals, encoded, quarantined, wall_seconds, missing)
+        WorkList(store.path).remove()
+        print(report.describe(), flush=True)
+        path = write_report(report, quarantine)
+        print(f"report       {path}", flush=True)
+        return report
+    except UserError:
+        if failure is None:
+            raise
+        # The disk that stopped the run leaves no room for an index either: the next run writes it.
+        return None
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: what is written stays, the report is made."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,215 @@
+"""What a run of encode_latents has to do: the clips that are in the manifest and not in the store.
+
+Axis letters: C channel, T latent frames, H height, W width, L text tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from exvideo_train.clips.record import ClipRecord, read_manifest
+from exvideo_train.errors import UserError
+from exvideo_train.files import atomic_write
+from exvideo_train.geometry import Geometry
+from exvideo_train.latents.fingerprint import Fingerprint
+from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.store import CorruptLatent, IndexEntry, LatentStore, caption_digest
+
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_HEADER_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """How clips are encoded; everything an encoding process needs to know.
+
+    Attributes:
+        dtype: ``bf16``, ``fp16`` or ``fp32`` for both encoders.
+        decode_workers: decoding processes an encoder.
+        prefetch_clips: decoded clips that may wait for an encoder.
+    """
+
+    model_path: Path
+    store_path: Path
+    fingerprint: Fingerprint
+    scaling_factor: float
+    dtype: str
+    tiling: bool
+    text_length: int
+    decode_workers: int
+    prefetch_clips: int
+    clip_timeout_seconds: float
+    recycle_after_clips: int
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.fingerprint.geometry
+
+    def bytes_per_clip(self) -> int:
+        """Size of one latent file."""
+        vae = json.loads((self.model_path / "vae" / "config.json").read_text())
+        text = json.loads((self.model_path / "text_encoder" / "config.json").read_text())
+        geometry = self.geometry
+        moments = geometry.num_latent_frames * geometry.latent_height * geometry.latent_width
+        values = 2 * int(vae["latent_channels"]) * moments + self.text_length * int(text["d_model"])
+        return values * _BYTES[self.dtype] + _HEADER_BYTES
+
+
+@dataclass
+class Plan:
+    """Counts are of the manifest's clips.
+
+    Attributes:
+        pending: clips to encode, those of equal captions side by side.
+        num_clips: different clips in the manifest.
+        num_repeated: lines that name a clip again.
+        num_reused: already encoded with their present caption.
+        num_recaptioned: encoded, but with another caption: among the pending.
+        num_held_back: quarantined by an earlier run, by reason.
+        num_later: left for a later run by max_clips.
+    """
+
+    pending: list[ClipRecord] = field(default_factory=list)
+    num_clips: int = 0
+    num_repeated: int = 0
+    num_reused: int = 0
+    num_recaptioned: int = 0
+    num_held_back: Counter[str] = field(default_factory=Counter)
+    num_later: int = 0
+    bytes_per_clip: int = 0
+    free_bytes: int = 0
+
+    @property
+    def bytes_needed(self) -> int:
+        return (len(self.pending) + self.num_later) * self.bytes_per_clip
+
+    def describe(self, settings: EncodeSettings) -> str:
+        """The plan as a few lines for a person."""
+        held_back = ", ".join(f"{n} {reason}" for reason, n in sorted(self.num_held_back.items()))
+        lines = [
+            f"store        {settings.store_path}",
+            f"model        {settings.model_path}",
+            f"geometry     {settings.geometry.name}, {settings.dtype}, tiling {'on' if settings.tiling else 'off'}",
+            f"clips        {self.num_clips} in the manifest ({self.num_repeated} repeated lines ignored)",
+            f"  encoded    {self.num_reused} already",
+            f"  to encode  {len(self.pending)} ({self.num_recaptioned} of them for a changed caption)",
+            f"  held back  {sum(self.num_held_back.values())} quarantined{f': {held_back}' if held_back else ''}",
+        ]
+        if self.num_held_back:
+            lines.append("             (retry_quarantined=true tries them again)")
+        if self.num_later:
+            lines.append(f"  later      {self.num_later} beyond max_clips")
+        need, free = self.bytes_needed / 2**30, self.free_bytes / 2**30
+        lines.append(
+            f"disk         {need:.2f} GiB needed ({self.bytes_per_clip / 1e6:.2f} MB a clip), {free:.1f} GiB free"
+        )
+        if self.bytes_needed > self.free_bytes:
+            lines.append("warning: the disk is too small for all clips; the run will stop when it is full")
+        return "\n".join(lines)
+
+
+def existing_entries(store: LatentStore, geometry: Geometry) -> dict[str, IndexEntry]:
+    """Index entries of all whole files of a geometry: from the index, or else from the file's header.
+
+    Files that are no latents of this fingerprint are left out, to be written again.
+    """
+    indexed = store.read_index()
+    entries = {}
+    for clip_id in store.clip_ids_on_disk(geometry):
+        entry = indexed.get((geometry.name, clip_id))
+        if entry is None:
+            try:
+                entry = store.read_entry(clip_id, geometry)
+            except CorruptLatent as error:
+                print(f"note: encoded again: {error}", flush=True)
+                continue
+        entries[clip_id] = entry
+    return entries
+
+
+def make_plan(
+    settings: EncodeSettings, store: LatentStore, manifest: Path, retry_quarantined: bool, max_clips: int
+) -> Plan:
+    """Compare a manifest with a store; reads only.
+
+    Raises:
+        UserError: the manifest is missing, empty or malformed.
+    """
+    plan = Plan(bytes_per_clip=settings.bytes_per_clip(), free_bytes=_free_bytes(settings.store_path))
+    geometry = settings.geometry
+    existing = existing_entries(store, geometry) if geometry.name in store.fingerprints else {}
+    quarantine = Quarantine(settings.store_path, geometry)
+    reasons = {} if retry_quarantined else {entry.clip_id: entry.reason for entry in quarantine}
+    by_caption: dict[str, list[ClipRecord]] = {}
+    seen: set[str] = set()
+    for record in read_manifest(manifest):
+        if record.clip_id in seen:
+            plan.num_repeated += 1
+            continue
+        seen.add(record.clip_id)
+        entry = existing.get(record.clip_id)
+        if entry is not None and entry.caption_sha256 == caption_digest(record.caption):
+            plan.num_reused += 1
+        elif record.clip_id in reasons:
+            plan.num_held_back[reasons[record.clip_id]] += 1
+        else:
+            plan.num_recaptioned += entry is not None
+            # Work lists lie elsewhere than the manifest: its relative paths must not move with them.
+            by_caption.setdefault(record.caption, []).append(
+                dataclasses.replace(record, video=os.path.abspath(record.video))
+            )
+    plan.num_clips = len(seen)
+    # In the order of the manifest, which keeps neighbours of one video or shard together, but for shared captions.
+    plan.pending = [record for records in by_caption.values() for record in records]
+    if max_clips:
+        plan.num_later = max(0, len(plan.pending) - max_clips)
+        plan.pending = plan.pending[:max_clips]
+    return plan
+
+
+def _free_bytes(path: Path) -> int:
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def sweep_temporary_files(store: LatentStore, geometry: Geometry) -> int:
+    """Delete what killed writers left behind; returns how many files. Nobody may be writing meanwhile."""
+    folders = [store.path]
+    clips = store.path / "clips" / geometry.name
+    if clips.is_dir():
+        folders += [folder for folder in clips.iterdir() if folder.is_dir()]
+    num_swept = 0
+    for folder in folders:
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+            num_swept += 1
+    return num_swept
+
+
+def check_writable(store_path: Path) -> None:
+    """Fail before any work if the store cannot be written.
+
+    Raises:
+        UserError: names the folder.
+    """
+    try:
+        atomic_write(store_path / "reports" / "writable", lambda temporary: temporary.touch())
+        (store_path / "reports" / "writable").unlink()
+    except OSError as error:
+        raise UserError(f"latents={store_path}: not writable ({error.strerror}); choose another folder") from error
+
+
+def write_index(store: LatentStore, geometry: Geometry) -> dict[str, IndexEntry]:
+    """Bring the index up to date with a geometry's files; returns that geometry's entries."""
+    entries = existing_entries(store, geometry)
+    others = [entry for entry in store.read_index().values() if entry.geometry != geometry.name]
+    store.write_index([*others, *entries.values()])
+    return entries

@@ -1,0 +1,149 @@
+"""What a run of encode_latents did, for a person and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exvideo_train.files import atomic_write_json, atomic_write_text
+from exvideo_train.latents.encode_worker import Totals
+from exvideo_train.latents.plan import Plan
+from exvideo_train.latents.quarantine import Quarantine
+
+REASONS_SHOWN = 5
+
+
+@dataclass
+class Report:
+    """Outcome of a run.
+
+    Attributes:
+        encoded, reused: clips of the manifest encoded by this run, and by earlier ones.
+        quarantined: by reason, of this run's clips and those held back.
+        remaining: clips of the manifest still to encode.
+        clips_per_second: encoded by all encoders together.
+        *_seconds_per_clip: of one encoder; decoding counts its processes' time together.
+        wait_share: of the encoders' time without a decoded clip.
+        projected_seconds: for the remaining clips; None when nothing was encoded.
+    """
+
+    encoded: int
+    reused: int
+    quarantined: dict[str, int]
+    remaining: int
+    num_encoders: int
+    wall_seconds: float
+    clips_per_second: float
+    decode_seconds_per_clip: float
+    encode_seconds_per_clip: float
+    wait_seconds_per_clip: float
+    write_seconds_per_clip: float
+    startup_seconds: float
+    wait_share: float
+    bytes_written: int
+    projected_seconds: float | None
+    missing_reports: list[int] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """The report as a few lines."""
+        total = sum(self.quarantined.values())
+        reasons = [f"  {reason:<20} {count}" for reason, count in sorted(self.quarantined.items())]
+        lines = [
+            f"encoded      {self.encoded}",
+            f"reused       {self.reused}",
+            f"quarantined  {total}",
+            *reasons,
+            f"remaining    {self.remaining}",
+            f"speed        {self.clips_per_second:.3g} clips/s on {self.num_encoders} encoder(s), "
+            f"{self.wall_seconds:.1f} s in all",
+            f"a clip       {self.decode_seconds_per_clip:.3g} s decoding, {self.encode_seconds_per_clip:.3g} s "
+            f"encoding, {self.wait_seconds_per_clip:.3g} s waiting for frames, "
+            f"{self.write_seconds_per_clip:.3g} s writing beside it",
+            f"waiting      {self.wait_share:.1%} of the encoders' time",
+            f"written      {self.bytes_written / 1e9:.3f} GB",
+        ]
+        if self.remaining and self.projected_seconds is not None:
+            lines.append(f"projected    {_duration(self.projected_seconds)} for the remaining clips")
+        if self.missing_reports:
+            lines.append(f"note: no figures from rank(s) {self.missing_reports}; their clips are counted all the same")
+        return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+def make_report(
+    plan: Plan,
+    totals: Iterable[Totals],
+    encoded: int,
+    quarantined: Counter[str],
+    wall_seconds: float,
+    missing_reports: list[int],
+) -> Report:
+    """Put a run's figures together.
+
+    Args:
+        plan: what was to be done.
+        totals: of each encoding process.
+        encoded: of the plan's clips, counted in the store: processes that died have no totals.
+        quarantined: of all the manifest's clips, by reason.
+    """
+    each = list(totals)
+
+    def total(name: str) -> float:
+        return float(sum(getattr(one, name) for one in each))
+
+    counted = max(1.0, total("num_encoded"))
+    # Encoders work side by side: the run lasts as long as the slowest loop, start-up of processes left out.
+    loop_seconds = max((one.loop_seconds for one in each), default=0.0)
+    clips_per_second = total("num_encoded") / loop_seconds if loop_seconds else 0.0
+    num_new_failures = sum(quarantined.values()) - sum(plan.num_held_back.values())
+    remaining = len(plan.pending) - encoded - num_new_failures + plan.num_later
+    return Report(
+        encoded=encoded,
+        reused=plan.num_reused,
+        quarantined=dict(sorted(quarantined.items())),
+        remaining=remaining,
+        num_encoders=len(each),
+        wall_seconds=wall_seconds,
+        clips_per_second=clips_per_second,
+        decode_seconds_per_clip=total("decode_seconds") / counted,
+        encode_seconds_per_clip=total("encode_seconds") / counted,
+        wait_seconds_per_clip=total("wait_seconds") / counted,
+        write_seconds_per_clip=total("write_seconds") / counted,
+        startup_seconds=max((one.startup_seconds for one in each), default=0.0),
+        wait_share=total("wait_seconds") / total("loop_seconds") if total("loop_seconds") else 0.0,
+        bytes_written=int(total("num_bytes")),
+        projected_seconds=remaining / clips_per_second if clips_per_second else None,
+        missing_reports=missing_reports,
+    )
+
+
+def write_report(report: Report, quarantine: Quarantine) -> Path:
+    """Write the report as JSON, and the quarantined clips with their reasons as JSON lines beside it."""
+    folder = quarantine.folder.parent.parent
+    name = quarantine.geometry.name
+    path = folder / f"encode_{name}.json"
+    atomic_write_json(path, asdict(report))
+    lines = [json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in quarantine]
+    atomic_write_text(folder / f"quarantined_{name}.jsonl", "".join(lines))
+    return path
+
+
+def totals_to_json(totals: list[Totals]) -> list[dict[str, Any]]:
+    """Totals as JSON, for another machine to read."""
+    return [asdict(one) for one in totals]
+
+
+def totals_from_json(content: list[dict[str, Any]]) -> list[Totals]:
+    """The inverse of :func:`totals_to_json`."""
+    return [Totals(**{**one, "quarantined": Counter(one["quarantined"])}) for one in content]
