@@ -38,7 +38,17 @@ def choose_attention(
     Raises:
         UserError: the kernel asked for does not run here, or none but the one that builds the whole map does.
     """
+    if kernel is AttentionKernel.cudnn and device.type == "cuda" and not _cudnn_is_safe():
+        raise UserError(
+            f"memory.attention=cudnn: with torch {torch.__version__} cuDNN's attention is unsafe for lengths that "
+            "128 does not divide, as all of CogVideoX's; use torch 2.11 or newer, or memory.attention=auto"
+        )
     prefers_package = kernel is AttentionKernel.auto and device.type == "cuda" and _has_flash_attn(device)
+    if kernel is AttentionKernel.cudnn and device.type == "cuda" and not _cudnn_is_safe():
+        raise UserError(
+            f"memory.attention=cudnn: with torch {torch.__version__} cuDNN's attention is unsafe for lengths that "
+            "128 does not divide, as all of CogVideoX's; use torch 2.11 or newer, or memory.attention=auto"
+        )
     prefers_package = kernel is AttentionKernel.auto and device.type == "cuda" and _has_flash_attn(device)
     if kernel is AttentionKernel.flash_attn or prefers_package:
         attend = _flash_attn_package()
@@ -54,6 +64,11 @@ def choose_attention(
             "flash-attn extra, or set memory.attention=math for small sizes"
         )
     return attend, name
+
+
+def _cudnn_is_safe() -> bool:
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 11)
 
 
 def _has_flash_attn(device: torch.device) -> bool:

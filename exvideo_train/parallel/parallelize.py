@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ def parallelize(backbone: nn.Module, config: Experiment, mesh: Mesh, compute_dty
     Raises:
         UserError: the choices do not fit the ranks, the heads or the device.
     """
-    attentions = [module for module in backbone.modules() if hasattr(module, "attend")]
+    attentions: list[Any] = [module for module in backbone.modules() if hasattr(module, "attend")]
     num_heads, head_dim = attentions[0].num_heads, attentions[0].head_dim
     check_mesh(mesh.world_size, mesh.sequence_size, num_heads)
 

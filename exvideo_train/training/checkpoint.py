@@ -268,7 +268,17 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
     Raises:
         UserError: options that the checkpoint's tensors or sample order depend on differ; names each with both values.
     """
-    fixed = ("seed", "num_frames", "height", "width", "fps", "model.path", "model.revision", "lora.rank", "lora.alpha")
+    fixed: tuple[str, ...] = (
+        "seed",
+        "num_frames",
+        "height",
+        "width",
+        "fps",
+        "model.path",
+        "model.revision",
+        "lora.rank",
+        "lora.alpha",
+    )
     fixed += ("lora.targets", "data.geometries", "data.held_out_clips")
     ignored = ("latents", "run_dir", "resume", "dry_run", "logger.", "checkpoint.", "safety.", "validation.")
     flat_saved, flat_current = _flatten(saved), _flatten(current)

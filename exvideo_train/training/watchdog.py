@@ -66,7 +66,7 @@ class Watchdog:
         self._changed = time.monotonic()
 
     def _watch(self) -> None:
-        store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store()).clone()
+        store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store()).clone()  # type: ignore[attr-defined]
         store.set_timeout(timedelta(seconds=max(5.0, self.timeout_seconds / 4)))
         started = time.monotonic()
         tick = 0
