@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Any, TypeVar, get_type_hints
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +31,9 @@ from exvideo_train.errors import UserError
 ConfigT = TypeVar("ConfigT")
 
 USER_ERROR_STATUS = 2
+# Hydra's own flags that are of use here, with the number of words that follow each.
+HYDRA_FLAGS = {"--help": 0, "-h": 0, "--cfg": 1, "-c": 1, "--resolve": 0, "--info": 1}
+HYDRA_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 # Hydra must neither change directory nor leave folders behind; a user's own override comes later and wins.
 QUIET_HYDRA = [
     "hydra.run.dir=.",
@@ -60,12 +65,14 @@ def run_command(config_class: type[ConfigT], main: Callable[[ConfigT], None], na
     arguments = _without_launcher_arguments(sys.argv[1:])
     register_schema(config_class, name)
     try:
-        if "--help" in arguments or "-h" in arguments:
-            overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+        flags, overrides = _split_arguments(arguments)
+        overrides = quote_overrides(overrides, config_class)
+        if "--help" in flags or "-h" in flags:
             print(help_text(config_class, compose_config(name, overrides, config_class), usage))
             return
-        if not any(argument.startswith("-") for argument in arguments):
-            compose_config(name, arguments, config_class)
+        _check_names(overrides, config_class)
+        if not flags:
+            compose_config(name, overrides, config_class)
     except UserError as error:
         _exit_with(error)
 
@@ -75,7 +82,7 @@ def run_command(config_class: type[ConfigT], main: Callable[[ConfigT], None], na
         except UserError as error:
             _exit_with(error)
 
-    sys.argv = [sys.argv[0], *QUIET_HYDRA, *arguments]
+    sys.argv = [sys.argv[0], *flags, *QUIET_HYDRA, *overrides]
     hydra.main(config_path=str(config_folder()), config_name=name, version_base="1.3")(task)()
 
 
@@ -101,6 +108,56 @@ def _without_launcher_arguments(arguments: list[str]) -> list[str]:
     return kept
 
 
+def _split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Flags (``--help`` and some of Hydra's) and overrides.
+
+    Raises:
+        UserError: an unknown flag, or a word that is neither a flag nor ``name=value``.
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        flag, is_assigned, value = word.partition("=")
+        if flag == "--config-dir":
+            folder = value if is_assigned else next(words, "")
+            if not Path(folder).is_dir():
+                raise UserError(f"--config-dir {folder}: no such folder; name one that holds exp/, model/ or the like")
+            overrides.append(f"hydra.searchpath=['file://{Path(folder).resolve()}']")
+        elif flag in HYDRA_FLAGS:
+            flags += [word] if is_assigned or not HYDRA_FLAGS[flag] else [word, next(words, "")]
+        elif word.startswith("-"):
+            remedy = f"write {word.lstrip('-')}" if is_assigned else "options are written name=value"
+            raise UserError(f"unknown option {word!r}; {remedy}; --help lists all options")
+        elif is_assigned or word.startswith("~"):
+            overrides.append(word)
+        else:
+            raise UserError(f"{word!r}: options are written name=value; --help lists all options")
+    return flags, overrides
+
+
+def quote_overrides(overrides: list[str], config_class: type) -> list[str]:
+    """Take the value of every text option as it stands: Hydra gives commas, quotes, colons and ``=`` a meaning.
+
+    A value in quotes of its own (``prompt='"a, b"'``, Hydra's way) is left alone; ``~/`` becomes the home folder,
+    which shells leave to the program after a ``=``.
+    """
+    kinds = {path: kind for path, kind, _ in walk_options(config_class)}
+    quoted = []
+    for override in overrides:
+        key, is_assigned, text = override.partition("=")
+        kind = kinds.get(key)
+        is_null = kind == (str | None) and text == "null"
+        if not is_assigned or kind not in (str, str | None) or is_null or HYDRA_QUOTED.fullmatch(text):
+            quoted.append(override)
+        else:
+            text = os.path.expanduser(text) if text.startswith("~/") else text
+            # In OmegaConf ${ begins an interpolation.
+            value = QuotedString(text.replace("${", "\\${"), Quote.single).with_quotes()
+            quoted.append(f"{key}={value}")
+    return quoted
+
+
 def register_schema(config_class: type, name: str) -> None:
     """Make the dataclass known to Hydra as ``<name>_schema``, the first entry of ``conf/<name>.yaml``."""
     ConfigStore.instance().store(name=f"{name}_schema", node=config_class)
@@ -113,28 +170,38 @@ def compose_config(name: str, overrides: list[str], config_class: type) -> DictC
         UserError: an unknown option, choice or value, with the nearest names.
     """
     register_schema(config_class, name)
+    _check_names(overrides, config_class)
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             return compose(name, overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(_explain(error, overrides, config_class)) from error
+        raise UserError(_explain(error, overrides)) from error
 
 
-def _explain(error: Exception, overrides: list[str], config_class: type) -> str:
-    text = str(error.__cause__ or error).split("\n")[0]
+def _check_names(overrides: list[str], config_class: type) -> None:
     known = [path for path, _, _ in walk_options(config_class)]
-    groups = [path.name for path in config_folder().iterdir() if path.is_dir()]
+    groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
     for override in overrides:
-        key = override.lstrip("+~").split("=", 1)[0]
-        if key in groups:
-            choice = override.split("=", 1)[-1]
-            choices = sorted(path.stem for path in (config_folder() / key).glob("*.yaml"))
-            if "=" in override and choice not in choices:
-                return f"{override}: no such choice; conf/{key}/ has: {', '.join(choices)}"
-        elif not key.startswith("hydra") and key not in known and not any(k.startswith(key + ".") for k in known):
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        key = override.lstrip("+").split("=", 1)[0]
+        if key.startswith("hydra"):
+            continue
+        if override.startswith("~"):
+            raise UserError(f"{override!r}: options cannot be taken away; give another value, name=value")
+        if key == "exp" and not override.startswith("+"):
+            raise UserError(f"{override!r}: an experiment is added; write +{override}")
+        if key not in groups and key not in known and not any(name.startswith(key + ".") for name in known):
+            near = difflib.get_close_matches(key, [*known, *groups], n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
-            return f"unknown option {key} in {override!r}; {hint}"
+            raise UserError(f"unknown option {key} in {override!r}; {hint}")
+
+
+def _explain(error: Exception, overrides: list[str]) -> str:
+    text = str(error.__cause__ or error).split("\n")[0]
+    for override in overrides:
+        key, _, choice = override.lstrip("+").partition("=")
+        choices = sorted(path.stem for path in (config_folder() / key).glob("*.yaml"))
+        if choices and choice not in choices:
+            return f"{override}: no such choice; conf/{key}/ has: {', '.join(choices)}"
     given = " ".join(override for override in overrides if override.split("=", 1)[0].lstrip("+") in str(error))
     return f"{given + ': ' if given else ''}{text}; --help lists all options"
 
@@ -198,7 +265,11 @@ def help_text(config_class: type, config: DictConfig, usage: str) -> str:
         if group.name == "exp" or group.name in config:
             choices = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
             lines.append(f"  {group.name}: {choices}")
-    lines += ["", "Options (name=value), with the values composed from this command line:"]
+    lines += [
+        "  --config-dir DIR adds choices of your own, DIR/exp/mine.yaml for +exp=mine; --cfg job prints the config.",
+        "",
+        "Options (name=value), with the values composed from this command line:",
+    ]
     top_first = sorted(walk_options(config_class), key=lambda option: "." in option[0])
     for path, kind, doc in top_first:
         node = OmegaConf.select(config, path, throw_on_missing=False, default="???")
