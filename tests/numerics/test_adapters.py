@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import CogVideoXPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file
 
 from exvideo_train.adapters.formats import write_adapter
 from exvideo_train.adapters.lora import LoraSettings, apply_lora, lora_layers, lora_parameters, lora_state
+from exvideo_train.backbones.registry import load_backbone
 from exvideo_train.files import read_safetensors_header
 
 TARGETS = (
@@ -26,8 +27,8 @@ RANK, ALPHA = 4, 10.0
 SETTINGS = LoraSettings(RANK, ALPHA, TARGETS)
 
 
-def load_reference(model_path):
-    return CogVideoXTransformer3DModel.from_pretrained(model_path / "transformer", torch_dtype=torch.float32).eval()
+def load_ours(model_path):
+    return load_backbone(model_path, torch.float32).eval()
 
 
 def train(model):
@@ -43,24 +44,25 @@ def train(model):
 @pytest.mark.parametrize("format", ["diffusers", "comfyui"])
 def test_diffusers_loads_the_file_and_computes_the_same(tiny_model_5b, tmp_path, format):
     path = tmp_path / "adapter.safetensors"
-    ours = train(apply_lora(load_reference(tiny_model_5b), SETTINGS, seed=6))
+    ours = train(apply_lora(load_ours(tiny_model_5b), SETTINGS, seed=6))
     write_adapter(path, format, lora_state(ours), RANK, ALPHA, TARGETS, {"steps": 1})
 
     pipeline = CogVideoXPipeline.from_pretrained(tiny_model_5b, torch_dtype=torch.float32)
     theirs = pipeline.transformer
     config = theirs.config
     generator = torch.Generator().manual_seed(1)
-    inputs = {
-        "hidden_states": torch.randn(1, 5, config.in_channels, 8, 12, generator=generator),
-        "encoder_hidden_states": torch.randn(1, config.max_text_seq_length, config.text_embed_dim, generator=generator),
-        "timestep": torch.tensor([300]),
-        "image_rotary_emb": pipeline._prepare_rotary_positional_embeddings(64, 96, 5, torch.device("cpu")),
-        "return_dict": False,
-    }
+    latents_BTCHW = torch.randn(2, 33, config.in_channels, 8, 12, generator=generator)
+    text_BLC = torch.randn(2, config.max_text_seq_length, config.text_embed_dim, generator=generator)
+    timesteps_B = torch.tensor([300, 999])
+    rotary = pipeline._prepare_rotary_positional_embeddings(64, 96, 33, torch.device("cpu"))
+
+    def run_theirs():
+        return theirs(latents_BTCHW, text_BLC, timesteps_B, image_rotary_emb=rotary, return_dict=False)[0]
+
     with torch.no_grad():
-        base = theirs(**inputs)[0]
+        base = run_theirs()
         pipeline.load_lora_weights(path)
-        adapted, expected = theirs(**inputs)[0], ours(**inputs)[0]
+        adapted, expected = run_theirs(), ours(latents_BTCHW, text_BLC, timesteps_B)
     assert (adapted - base).abs().max() > 1e-2 * base.abs().max()
     torch.testing.assert_close(adapted, expected, rtol=1e-5, atol=1e-5)
     assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == len(lora_layers(ours))
@@ -68,7 +70,7 @@ def test_diffusers_loads_the_file_and_computes_the_same(tiny_model_5b, tmp_path,
 
 def test_metadata_is_a_peft_config(tiny_model_5b, tmp_path):
     path = tmp_path / "adapter.safetensors"
-    ours = apply_lora(load_reference(tiny_model_5b), SETTINGS, seed=6)
+    ours = apply_lora(load_ours(tiny_model_5b), SETTINGS, seed=6)
     write_adapter(path, "diffusers", lora_state(ours), RANK, ALPHA, TARGETS, {})
     metadata = json.loads(read_safetensors_header(path)["__metadata__"]["lora_adapter_metadata"])
     config = LoraConfig(**{name.removeprefix("transformer."): value for name, value in metadata.items()})
@@ -77,8 +79,8 @@ def test_metadata_is_a_peft_config(tiny_model_5b, tmp_path):
 
 def test_diffsynth_delta_is_the_merge_of_peft(tiny_model_5b, tmp_path):
     path = tmp_path / "adapter.safetensors"
-    reference = load_reference(tiny_model_5b).state_dict()
-    ours = train(apply_lora(load_reference(tiny_model_5b), SETTINGS, seed=6))
+    reference = load_ours(tiny_model_5b).state_dict()
+    ours = train(apply_lora(load_ours(tiny_model_5b), SETTINGS, seed=6))
     write_adapter(path, "diffsynth", lora_state(ours), RANK, ALPHA, TARGETS, {})
     # As DiffSynth-Studio 1.1.9 does (models/lora.py): names without lora and adapter, B @ A with strength 1.
     content = load_file(path)

@@ -71,9 +71,7 @@ def test_half_precision_latents_are_mixed_in_float32(settings, latents_and_noise
     noisy = add_noise(schedule, latents, noise, timesteps)
     assert noisy.dtype == torch.float32
     assert not torch.equal(noisy[0], latents[0].float())  # a bf16 sigma would be 0 at timestep 0
-    torch.testing.assert_close(
-        noisy, add_noise(schedule, latents.float(), noise.float(), timesteps), rtol=0, atol=0
-    )
+    torch.testing.assert_close(noisy, add_noise(schedule, latents.float(), noise.float(), timesteps), rtol=0, atol=0)
 
 
 def test_weighted_x0_loss_is_the_velocity_mse(settings, latents_and_noise):

@@ -1,6 +1,8 @@
 """LoRA on a published network: names, dtypes, initialisation, refusal."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -117,6 +119,15 @@ def test_rank_64_on_a_full_size_5b_is_the_published_size():
         assert sum(parameter.numel() for parameter in network.parameters()) == 5_570_283_072
         model = apply_lora(network, LoraSettings(64, 64.0, TARGETS), seed=6)
     assert sum(parameter.numel() for parameter in lora_parameters(model).values()) == 250_478_592
+
+
+def test_the_room_imports_no_text_encoder_and_no_video_reader():
+    code = (
+        "import sys, exvideo_train.adapters.lora;"
+        "unwanted = ('diffusers', 'transformers.models.t5', 'av', 'decord', 'cv2');"
+        "print([name for name in sys.modules if name.startswith(unwanted)])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 def test_update_is_alpha_over_rank_b_a(network):
