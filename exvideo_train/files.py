@@ -117,11 +117,12 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
             if length > size:
                 raise ValueError("header longer than the file")
             header: dict[str, Any] = json.loads(stream.read(length))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (struct.error, ValueError) as error:
+    # The last three: JSON of another shape than a safetensors header.
+    except (struct.error, ValueError, AttributeError, LookupError, TypeError) as error:
         raise UserError(f"{path} is truncated or not a safetensors file ({error}); fetch or write it again") from error
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     if size != 8 + length + end:
         raise UserError(
             f"{path} is truncated: {size} bytes, its header promises {8 + length + end}; fetch or write it again"
