@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +20,6 @@ Make videos from prompts, with an adapter, and from the same noise without it.
   python -m exvideo_train.sample +exp=129f adapter=A.safetensors prompt="..." output=DIR
   python -m exvideo_train.sample +exp=129f adapter=A.safetensors prompts_file=P.txt compare=true output=DIR
 """
-
-TEXT_OPTIONS = ("prompt", "prompts_file", "adapter", "output")
-HYDRA_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 
 
 def sample(config: Sample) -> None:
@@ -132,21 +127,7 @@ def describe(adapter: Adapter, num_frames: int) -> str:
     return line
 
 
-def quote_text(argument: str) -> str:
-    """Make Hydra take a prompt or path as it was written: commas, quotes, braces and equal signs mean nothing there.
-
-    Left alone are other options, null, and values already in Hydra's quotes.
-    """
-    name, equals, value = argument.partition("=")
-    if name not in TEXT_OPTIONS or not equals or value == "null" or HYDRA_QUOTED.fullmatch(value):
-        return argument
-    # In Hydra's quotes a backslash means something only before a quote; in OmegaConf ${ begins an interpolation.
-    value = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
-    return f"{name}='" + value.replace("${", "\\${") + "'"
-
-
 def main() -> None:
-    sys.argv[1:] = [quote_text(argument) for argument in sys.argv[1:]]
     run_command(Sample, sample, "sample", USAGE)
 
 

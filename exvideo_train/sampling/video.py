@@ -80,21 +80,21 @@ def side_by_side(videos_FHWC: list[Frames]) -> Frames:
 
 
 def write_contact_sheet(path: Path, rows: Mapping[str, Frames], fps: float, num_columns: int = 6) -> None:
-    """Write a PNG with one labelled row for each video: frames evenly spread from the first to the last.
+    """Write a PNG: for each video its label, then frames evenly spread from the first to the last under their times.
 
     Args:
         rows: label -> frames_FHWC, uint8 RGB.
-        fps: for the times in the labels.
+        fps: for the times.
     """
     height, width = next(iter(rows.values())).shape[1:3]
-    sheet_size = (num_columns * (width + GAP_PIXELS) - GAP_PIXELS, len(rows) * (height + LABEL_PIXELS))
-    sheet = Image.new("RGB", sheet_size, "white")
+    row_height = 2 * LABEL_PIXELS + height
+    sheet = Image.new("RGB", (num_columns * (width + GAP_PIXELS) - GAP_PIXELS, len(rows) * row_height), "white")
     draw = ImageDraw.Draw(sheet)
     for row, (label, frames_FHWC) in enumerate(rows.items()):
-        top = row * (height + LABEL_PIXELS)
+        top = row * row_height
+        draw.text((2, top + 2), label, fill="black")
         for column, index in enumerate(np.linspace(0, len(frames_FHWC) - 1, num_columns).round().astype(int)):
             left = column * (width + GAP_PIXELS)
-            text = f"{index / fps:.1f} s" if column else f"{label}, {index / fps:.1f} s"
-            draw.text((left + 2, top + 2), text, fill="black")
-            sheet.paste(Image.fromarray(frames_FHWC[index]), (left, top + LABEL_PIXELS))
+            draw.text((left + 2, top + LABEL_PIXELS + 2), f"{index / fps:.1f} s", fill="black")
+            sheet.paste(Image.fromarray(frames_FHWC[index]), (left, top + 2 * LABEL_PIXELS))
     atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))

@@ -11,10 +11,10 @@ from exvideo_train.adapters.lora import LoraSettings, apply_lora, lora_parameter
 from exvideo_train.adapters.provenance import make_provenance
 from exvideo_train.backbones.registry import load_backbone
 from exvideo_train.config.commands import Sample
-from exvideo_train.entry import compose_config, to_dataclass
+from exvideo_train.entry import compose_config, quote_overrides, to_dataclass
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
-from exvideo_train.sample import choose_device, quote_text, read_prompts, sample
+from exvideo_train.sample import choose_device, read_prompts, sample
 
 NASTY = [
     "a rabbit, wakes",
@@ -43,7 +43,7 @@ def write_tiny_adapter(path, model_path, num_frames=9):
 
 
 def compose(*arguments):
-    overrides = ["+exp=demo", "output=o", *map(quote_text, arguments)]
+    overrides = quote_overrides(["+exp=demo", "output=o", *arguments], Sample)
     return to_dataclass(compose_config("sample", overrides, Sample), Sample)
 
 
@@ -57,10 +57,8 @@ def test_hydra_quotes_stay_quotes(quoted):
     assert compose(f"prompt={quoted}").prompt == "a, b"
 
 
-def test_null_unsets_and_other_options_are_untouched():
+def test_null_unsets():
     assert compose("prompt=null").prompt is None
-    assert quote_text("seed=1,2") == "seed=1,2"
-    assert quote_text("--help") == "--help"
 
 
 def test_prompts_file(tmp_path):
