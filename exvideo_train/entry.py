@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -179,11 +179,13 @@ def compose_config(name: str, overrides: list[str], config_class: type) -> DictC
 
 
 def _check_names(overrides: list[str], config_class: type) -> None:
-    known = [path for path, _, _ in walk_options(config_class)]
+    kinds = {path: kind for path, kind, _ in walk_options(config_class)}
+    known = list(kinds)
+    tables = tuple(f"{path}." for path, kind in kinds.items() if get_origin(kind) is dict)
     groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
     for override in overrides:
         key = override.lstrip("+").split("=", 1)[0]
-        if key.startswith("hydra"):
+        if key.startswith(("hydra.", "hydra/", *tables)):
             continue
         if override.startswith("~"):
             raise UserError(f"{override!r}: options cannot be taken away; give another value, name=value")

@@ -1,0 +1,172 @@
+"""Every YAML composes for every command that takes it, and the public override names work everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+import yaml
+
+import exvideo_train.config
+from exvideo_train.config.experiment import Experiment
+from exvideo_train.entry import compose_config, config_folder, help_text, to_dataclass, walk_options
+
+CONF = config_folder()
+# Users' scripts rely on these names, for every experiment (README, "Options").
+PUBLIC_OVERRIDES: dict[str, Any] = {
+    "model.path": "/models/mine",
+    "num_frames": 57,
+    "height": 96,
+    "width": 160,
+    "fps": 12.5,
+    "seed": 123,
+    "max_steps": 77,
+    "guidance_scale": 3.5,
+    "num_inference_steps": 7,
+    "scheduler": "dpm",
+}
+# What each command cannot run without.
+REQUIRED = {
+    "build_manifest": {"source": "internvid", "manifest": "clips.jsonl"},
+    "encode_latents": {"manifest": "clips.jsonl", "latents": "store"},
+    "evaluate": {},
+    "export": {"run_dir": "run", "adapter": "a.safetensors"},
+    "filter_clips": {"manifest": "clips.jsonl", "output": "kept.jsonl"},
+    "sample": {"output": "videos"},
+    "train": {"latents": "store", "run_dir": "run"},
+}
+
+
+def config_classes() -> list[type]:
+    modules = pkgutil.iter_modules(exvideo_train.config.__path__, "exvideo_train.config.")
+    found = {
+        value
+        for module in modules
+        for value in vars(importlib.import_module(module.name)).values()
+        if dataclasses.is_dataclass(value) and value.__module__.startswith("exvideo_train.config.")
+    }
+    return sorted(found, key=lambda found_class: found_class.__name__)
+
+
+def snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+COMMANDS = {
+    snake_case(config_class.__name__): config_class
+    for config_class in config_classes()
+    if (CONF / f"{snake_case(config_class.__name__)}.yaml").is_file() and config_class is not Experiment
+}
+EXPERIMENT_COMMANDS = [name for name, config_class in COMMANDS.items() if issubclass(config_class, Experiment)]
+EXPERIMENTS = sorted(path.stem for path in (CONF / "exp").glob("*.yaml"))
+CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "exp")
+
+
+def composed(command: str, *overrides: str) -> Any:
+    given = [override.lstrip("+").split("=")[0] for override in overrides]
+    required = [f"{name}={value}" for name, value in REQUIRED.get(command, {}).items() if name not in given]
+    config_class = COMMANDS[command]
+    return to_dataclass(compose_config(command, [*required, *overrides], config_class), config_class)
+
+
+def test_every_yaml_belongs_to_a_command():
+    names = {path.stem for path in CONF.glob("*.yaml")} - {"experiment"}
+    assert names == set(COMMANDS), "conf/NAME.yaml goes with a dataclass Name in exvideo_train/config/"
+    assert {"129f", "49f", "demo"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_composes(command):
+    assert isinstance(composed(command), COMMANDS[command])
+
+
+@pytest.mark.parametrize("exp", EXPERIMENTS)
+@pytest.mark.parametrize("command", EXPERIMENT_COMMANDS)
+def test_public_overrides_work_for_every_experiment(command, exp):
+    overrides = [f"{name}={value}" for name, value in PUBLIC_OVERRIDES.items()]
+    config = composed(command, f"+exp={exp}", *overrides)
+    for name, expected in PUBLIC_OVERRIDES.items():
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        assert (value.value if isinstance(value, Enum) else value) == expected, name
+
+
+@pytest.mark.parametrize("exp", EXPERIMENTS)
+@pytest.mark.parametrize("command", EXPERIMENT_COMMANDS)
+def test_an_experiment_is_the_same_for_every_command(command, exp):
+    names = [field.name for field in dataclasses.fields(Experiment)]
+    reference = composed("train", f"+exp={exp}")
+    config = composed(command, f"+exp={exp}")
+    assert {name: getattr(config, name) for name in names} == {name: getattr(reference, name) for name in names}
+    assert config.geometry == reference.geometry
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes_and_says_what_it_says(choice):
+    group, name = choice.split("=")
+    config = getattr(composed("train", choice), group)
+    written = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    for option, expected in written.items():
+        value = getattr(config, option)
+        # YAML 1.1 reads 1e-4 as text; the dataclass has the number.
+        expected = float(expected) if isinstance(value, float) else expected
+        assert (value.value if isinstance(value, Enum) else value) == expected, option
+
+
+def test_published_experiment():
+    config = composed("train", "+exp=129f")
+    assert config.geometry.name == "129x480x720_8fps"
+    assert config.model.path.lower().endswith("cogvideox-5b")
+    assert (config.lora.rank, config.lora.alpha, len(config.lora.targets)) == (64, 64.0, 8)
+    assert (config.memory.zero_stage, config.data.batch_size) == (2, 1)
+    assert (config.guidance_scale, config.num_inference_steps, config.seed) == (7.0, 100, 6)
+    assert composed("train", "+exp=49f").num_frames == 49
+    assert composed("sample", "+exp=49f_2b", "compare=true").compare
+
+
+@pytest.mark.parametrize("config_class", config_classes(), ids=lambda config_class: config_class.__name__)
+def test_every_option_is_documented(config_class):
+    undocumented = [path for path, _, doc in walk_options(config_class) if not doc]
+    assert undocumented == []
+
+
+@pytest.mark.parametrize("config_class", config_classes(), ids=lambda config_class: config_class.__name__)
+def test_every_option_is_typed(config_class):
+    loose = [
+        path
+        for path, kind, _ in walk_options(config_class)
+        if kind is Any or (get_origin(kind) and Any in get_args(kind))
+    ]
+    assert loose == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_option(command):
+    config_class = COMMANDS[command]
+    text = help_text(config_class, compose_config(command, [], config_class), "Usage.")
+    for path, _, doc in walk_options(config_class):
+        assert f"\n  {path} = " in text
+        assert doc.split()[0] in text
+    assert max(len(line) for line in text.splitlines()) < 300
+    assert "Traceback" not in text
+    for name in REQUIRED.get(command, {}):
+        assert f"\n  {name} = required" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_config_folder_hides_an_option(command):
+    # Hydra takes name=value for a choice when conf/name/ exists.
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    top = {path for path, _, _ in walk_options(COMMANDS[command]) if "." not in path}
+    assert not groups & top
+
+
+def test_config_folder_is_the_checkouts():
+    assert config_folder() == Path(__file__).resolve().parents[2] / "conf"
