@@ -45,3 +45,31 @@ class EncodeLatents(Experiment):
     """Try quarantined clips again."""
     dry_run: bool = False
     """Print what would be done, disk needed included, and touch nothing."""
+
+
+class StoreAction(Enum):
+    """What is done with a latent store."""
+
+    verify = "verify"
+    stats = "stats"
+    preview = "preview"
+
+
+@dataclass
+class InspectLatents:
+    action: StoreAction = MISSING
+    """verify every file and repair the index, print stats, or decode a preview; the command's first word."""
+    latents: str = MISSING
+    """Latent store."""
+    repair: bool = True
+    """verify: delete damaged files and rewrite the index. Deleted clips are encoded again by the next run."""
+    num_workers: int = 0
+    """verify: threads that read files; 0 takes one a core."""
+    num_clips: int = 0
+    """stats: clips measured, evenly spread; 0 takes 200. preview: clips shown; 0 takes 4."""
+    model_path: str = ""
+    """preview: folder or hub id of the model that encoded the store."""
+    output: str = ""
+    """preview: folder for a picture a geometry; empty takes the store's reports folder."""
+    device: str = "auto"
+    """preview: auto takes the first GPU, else the CPU."""

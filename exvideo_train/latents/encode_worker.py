@@ -148,23 +148,15 @@ class EncodeLoop:
 
     def _records(self) -> Iterator[ClipRecord]:
         while (block := self.work.take(self.owner)) is not None:
-            records = [record for record in self.work.records(block) if not self._is_settled(record)]
+            records = [
+                record for record in self.work.records(block) if not is_settled(self.store, self.quarantine, record)
+            ]
             self._open_clips[block] = len(records)
             if not records:
                 self.work.finish(block)
             for record in records:
                 self._block_of[record.clip_id] = block
                 yield record
-
-    def _is_settled(self, record: ClipRecord) -> bool:
-        """Whether a process that died after taking the block has dealt with the clip."""
-        if record.clip_id in self.quarantine:
-            return True
-        try:
-            entry = self.store.read_entry(record.clip_id, self.settings.geometry)
-        except CorruptLatent:
-            return False
-        return entry.caption_sha256 == caption_digest(record.caption)
 
     def _encode(
         self,
@@ -213,6 +205,17 @@ class EncodeLoop:
             del self._open_clips[block]
             self.work.finish(block)
         self.report(("settled", record.clip_id, self.totals))
+
+
+def is_settled(store: LatentStore, quarantine: Quarantine, record: ClipRecord) -> bool:
+    """Whether a process that died after taking a clip has dealt with it."""
+    if record.clip_id in quarantine:
+        return True
+    try:
+        entry = store.read_entry(record.clip_id, quarantine.geometry)
+    except CorruptLatent:
+        return False
+    return entry.caption_sha256 == caption_digest(record.caption)
 
 
 def quarantine_clip(store: LatentStore, quarantine: Quarantine, record: ClipRecord, failure: Failure) -> None:

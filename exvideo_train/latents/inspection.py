@@ -1,0 +1,198 @@
+"""Checking, measuring and looking at a latent store.
+
+Axis letters: C channel, T latent frames, F video frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exvideo_train.errors import UserError
+from exvideo_train.files import atomic_write_bytes
+from exvideo_train.geometry import Geometry
+from exvideo_train.latents.store import CorruptLatent, IndexEntry, LatentStore
+
+FRAMES_SHOWN = 8
+CAPTION_LENGTH = 110
+
+
+@dataclass
+class Verification:
+    """What was found in one geometry: clip ids, and reasons of the damaged."""
+
+    geometry: Geometry
+    whole: list[IndexEntry] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
+    not_indexed: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    wrongly_indexed: list[str] = field(default_factory=list)
+
+    @property
+    def is_clean(self) -> bool:
+        return not (self.damaged or self.not_indexed or self.missing or self.wrongly_indexed)
+
+    def describe(self) -> str:
+        """A line of counts, and a line a damaged file."""
+        counts = (
+            f"{self.geometry.name}: {len(self.whole)} whole, {len(self.damaged)} damaged, {len(self.not_indexed)} not "
+            f"in the index, {len(self.missing)} indexed but missing, {len(self.wrongly_indexed)} wrongly indexed"
+        )
+        return "\n".join([counts, *(f"  {reason}" for reason in self.damaged.values())])
+
+
+def verify_store(store: LatentStore, repair: bool, num_workers: int = 0) -> list[Verification]:
+    """Read every file, compare it with its checksum and with the index.
+
+    Args:
+        repair: delete damaged files and write the index anew from the whole ones.
+        num_workers: reading threads, 0 for one a core.
+
+    Raises:
+        UserError: the store cannot be repaired because it is not writable.
+    """
+    try:
+        indexed = store.read_index()
+    except UserError as error:
+        print(f"note: {error}", flush=True)
+        indexed = {}
+    results = [_verify_geometry(store, geometry, indexed, num_workers) for geometry in store.geometries()]
+    if repair and not (all(result.is_clean for result in results) and store.index_path.exists()):
+        for result in results:
+            for clip_id in result.damaged:
+                store.clip_path(clip_id, result.geometry).unlink(missing_ok=True)
+        store.write_index(entry for result in results for entry in result.whole)
+    return results
+
+
+def _verify_geometry(
+    store: LatentStore, geometry: Geometry, indexed: dict[tuple[str, str], IndexEntry], num_workers: int
+) -> Verification:
+    result = Verification(geometry)
+
+    def check(clip_id: str) -> IndexEntry | CorruptLatent:
+        try:
+            store.read(clip_id, geometry, verify=True)
+            return store.read_entry(clip_id, geometry)
+        except CorruptLatent as error:
+            return error
+
+    ids = list(store.clip_ids_on_disk(geometry))
+    # Hashing and reading files release the interpreter lock.
+    with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
+        for clip_id, outcome in zip(ids, pool.map(check, ids), strict=True):
+            entry = indexed.get((geometry.name, clip_id))
+            if isinstance(outcome, CorruptLatent):
+                result.damaged[clip_id] = str(outcome)
+                continue
+            result.whole.append(outcome)
+            if entry is None:
+                result.not_indexed.append(clip_id)
+            elif entry != outcome:
+                result.wrongly_indexed.append(clip_id)
+    on_disk = set(ids)
+    result.missing = sorted(c for name, c in indexed if name == geometry.name and c not in on_disk)
+    return result
+
+
+def _spread(items: Sequence[str], count: int) -> list[str]:
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def describe_stats(store: LatentStore, num_clips: int) -> str:
+    """Counts, sizes, and mean and standard deviation of each latent channel over some clips, scaled as in training."""
+    lines = [f"store {store.path}, scaling factor {store.scaling_factor:g}"]
+    entries = store.read_index().values()
+    for geometry in store.geometries():
+        sizes = [entry.num_bytes for entry in entries if entry.geometry == geometry.name]
+        if not sizes:
+            lines.append(f"{geometry.name}: no finished clips")
+            continue
+        captions = len({entry.caption_sha256 for entry in entries if entry.geometry == geometry.name})
+        lines.append(
+            f"{geometry.name}: {len(sizes)} clips, {captions} captions, {sum(sizes) / 1e9:.3f} GB, "
+            f"{len(sizes) * geometry.duration_seconds / 3600:.2f} h of video"
+        )
+        ids = _spread(store.clip_ids(geometry), num_clips)
+        mean_C, deviation_C, noise_C = channel_stats(store, geometry, ids)
+        lines += [f"  over {len(ids)} clips:", "  channel      mean       std  posterior std"]
+        for channel, row in enumerate(zip(mean_C, deviation_C, noise_C, strict=True)):
+            lines.append(f"  {channel:7d} {row[0]:9.4f} {row[1]:9.4f} {row[2]:14.5f}")
+    return "\n".join(lines)
+
+
+def channel_stats(store: LatentStore, geometry: Geometry, clip_ids: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, standard deviation, mean posterior deviation) of each channel of the scaled latents, float64 (C,)."""
+    sum_C, square_C, noise_C = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    count = 0
+    for clip_id in clip_ids:
+        mean_CTHW, log_variance_CTHW = store.read(clip_id, geometry).moments_CTHW.double().chunk(2, dim=0)
+        mean_CTHW = mean_CTHW * store.scaling_factor
+        sum_C = sum_C + mean_CTHW.sum(dim=(1, 2, 3))
+        square_C = square_C + mean_CTHW.square().sum(dim=(1, 2, 3))
+        noise_C = noise_C + (0.5 * log_variance_CTHW.clamp(-30, 20)).exp().sum(dim=(1, 2, 3)) * store.scaling_factor
+        count += mean_CTHW[0].numel()
+    mean_C = sum_C / count
+    return mean_C, (square_C / count - mean_C.square()).clamp(min=0).sqrt(), noise_C / count
+
+
+def write_previews(store: LatentStore, model_path: Path, device: str, num_clips: int, folder: Path) -> list[Path]:
+    """Decode some clips of each geometry into a contact sheet; returns the pictures.
+
+    Raises:
+        UserError: the model is not the one that encoded the store.
+    """
+    from exvideo_train.latents.encoders import VideoEncoder
+    from exvideo_train.latents.fingerprint import model_fingerprint
+
+    pictures = []
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    for geometry in store.geometries():
+        store.require(model_fingerprint(model_path, geometry))
+    vae = VideoEncoder(model_path, device, dtype, tiling=False)
+    for geometry in store.geometries():
+        rows = list(_preview_rows(store, geometry, vae, num_clips))
+        path = folder / f"preview_{geometry.name}.png"
+        atomic_write_bytes(path, _contact_sheet(rows))
+        pictures.append(path)
+    return pictures
+
+
+def _preview_rows(store: LatentStore, geometry: Geometry, vae: Any, num_clips: int) -> Iterator[tuple[str, Tensor]]:
+    """(label, frames) of each clip, FRAMES_SHOWN evenly spread frames uint8 (F, H, W, C)."""
+    for clip_id in _spread(store.clip_ids(geometry), num_clips):
+        clip = store.read(clip_id, geometry)
+        mean_CTHW = clip.moments_CTHW.float().chunk(2, dim=0)[0]
+        frames_FHWC = vae.decode((mean_CTHW * store.scaling_factor).transpose(0, 1))
+        last = frames_FHWC.shape[0] - 1
+        shown = [round(index * last / (FRAMES_SHOWN - 1)) for index in range(FRAMES_SHOWN)]
+        yield f"{clip_id}  {clip.caption[:CAPTION_LENGTH]}", frames_FHWC[shown]
+
+
+def _contact_sheet(rows: list[tuple[str, Tensor]]) -> bytes:
+    import io
+
+    from PIL import Image, ImageDraw
+
+    width, label_height = 240, 16
+    height = round(width * rows[0][1].shape[1] / rows[0][1].shape[2])
+    sheet = Image.new("RGB", (FRAMES_SHOWN * width, len(rows) * (height + label_height)), "white")
+    drawing = ImageDraw.Draw(sheet)
+    for number, (label, frames_FHWC) in enumerate(rows):
+        top = number * (height + label_height)
+        # The built-in font knows no more than Latin letters.
+        drawing.text((4, top + 2), label.encode("latin-1", "replace").decode("latin-1"), fill="black")
+        for column, frame_HWC in enumerate(frames_FHWC):
+            picture = Image.fromarray(frame_HWC.numpy()).resize((width, height))
+            sheet.paste(picture, (column * width, top + label_height))
+    stream = io.BytesIO()
+    sheet.save(stream, "PNG")
+    return stream.getvalue()

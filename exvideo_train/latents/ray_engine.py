@@ -1,0 +1,201 @@
+"""The same pipeline on a Ray cluster: Ray Data moves clips between decoding and encoding actors of many machines.
+
+Decoding, encoding, quarantine and store are those of the local engine; Ray gives placement, backpressure and the
+replacement of lost machines. The store's folder must be the same path on every node.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from exvideo_train.clips.record import ClipRecord, parse_record
+from exvideo_train.errors import UserError
+from exvideo_train.geometry import Geometry
+from exvideo_train.latents.decode import DecodeOptions, DecodeWorker, Failure
+from exvideo_train.latents.encode_worker import ClipEncoder, Totals, is_settled, not_finite, quarantine_clip
+from exvideo_train.latents.plan import EncodeSettings
+from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.store import LatentStore
+
+# Ray starts an actor again when it dies and gives it the same clip; after so many tries the clip is left out.
+ATTEMPTS_A_CLIP = 2
+
+Row = dict[str, Any]
+
+
+class DecodeActor:
+    """Decodes a row's clip in a process of its own that may die or hang."""
+
+    def __init__(self, settings: EncodeSettings) -> None:
+        options = DecodeOptions(settings.geometry, settings.clip_timeout_seconds, settings.recycle_after_clips)
+        self._worker = DecodeWorker(options)
+
+    def __call__(self, row: Row) -> Row:
+        """Adds ``frames`` (empty if there is a ``reason``), ``reason``, ``detail`` and ``decode_seconds``."""
+        decoded = self._worker.decode(_record(row))
+        failure = decoded.failure or Failure("", "")
+        frames = b"" if decoded.frames_FHWC is None else decoded.frames_FHWC.numpy().tobytes()
+        return {
+            "record": row["record"],
+            "frames": frames,
+            "reason": failure.reason,
+            "detail": failure.detail,
+            "decode_seconds": decoded.seconds,
+        }
+
+
+class EncodeActor:
+    """T5 and VAE on one device; writes what it encodes and returns how that went."""
+
+    def __init__(self, settings: EncodeSettings) -> None:
+        import torch
+
+        self._settings = settings
+        self._store = LatentStore.open(settings.store_path)
+        self._quarantine = Quarantine(settings.store_path, settings.geometry)
+        self._encoder = ClipEncoder(settings, "cuda" if torch.cuda.is_available() else "cpu")
+        self._waiting_since = time.monotonic()
+
+    def __call__(self, row: Row) -> Row:
+        """One clip's outcome: ``clip_id``, ``reason`` (empty when written), ``error``, bytes and seconds."""
+        waited = time.monotonic() - self._waiting_since
+        record = _record(row)
+        outcome: Row = {"clip_id": record.clip_id, "reason": row["reason"], "error": "", "num_bytes": 0}
+        began = time.monotonic()
+        try:
+            self._settle(record, row, outcome)
+        except UserError as error:
+            outcome["error"] = str(error)
+        self._waiting_since = time.monotonic()
+        times = {"decode_seconds": row["decode_seconds"], "encode_seconds": self._waiting_since - began}
+        return outcome | times | {"wait_seconds": waited, "encoder": f"{os.uname().nodename}-{os.getpid()}"}
+
+    def _settle(self, record: ClipRecord, row: Row, outcome: Row) -> None:
+        if not self._store.empty_prompt_path.exists():
+            self._store.write_empty_prompt(self._encoder.text(""))
+        # Ray may give a clip a second time after it lost a machine.
+        if is_settled(self._store, self._quarantine, record):
+            return
+        failure = Failure(row["reason"], row["detail"]) if row["reason"] else self._encode(record, row, outcome)
+        if failure is not None:
+            quarantine_clip(self._store, self._quarantine, record, failure)
+            outcome["reason"] = failure.reason
+        for path in self._attempt_paths(record):
+            path.unlink(missing_ok=True)
+
+    def _encode(self, record: ClipRecord, row: Row, outcome: Row) -> Failure | None:
+        attempt = next((path for path in self._attempt_paths(record) if not path.exists()), None)
+        if attempt is None:
+            return Failure("encoder_died", f"its encoder died {ATTEMPTS_A_CLIP} times")
+        attempt.parent.mkdir(parents=True, exist_ok=True)
+        attempt.touch()
+        text_LC = self._encoder.text(record.caption)
+        moments_CTHW = self._encoder.moments(_frames(row["frames"], self._settings.geometry))
+        failure = not_finite(moments_CTHW)
+        if failure is None:
+            entry = self._store.write_clip(
+                record.clip_id, self._settings.geometry, moments_CTHW, text_LC, record.caption
+            )
+            outcome["num_bytes"] = entry.num_bytes
+        return failure
+
+    def _attempt_paths(self, record: ClipRecord) -> list[Path]:
+        folder = self._settings.store_path / "reports" / "attempts" / record.clip_id[:3]
+        return [folder / f"{record.clip_id}.{number}" for number in range(ATTEMPTS_A_CLIP)]
+
+
+def _record(row: Row) -> ClipRecord:
+    return parse_record(row["record"], Path("/"), 0)
+
+
+def _frames(content: bytes, geometry: Geometry) -> Any:
+    import torch
+
+    frames = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return frames.view(geometry.num_frames, geometry.height, geometry.width, 3)
+
+
+class RayEngine:
+    """Stands in for :class:`~exvideo_train.latents.supervise.Supervisor` on a Ray cluster.
+
+    A running cluster is used if RAY_ADDRESS names one (or ``ray start`` made one on this machine); otherwise Ray
+    starts on this machine alone.
+
+    Raises:
+        UserError: Ray is not installed.
+    """
+
+    def __init__(
+        self, settings: EncodeSettings, records: Sequence[ClipRecord], on_progress: Callable[[str], None]
+    ) -> None:
+        try:
+            import ray
+            import ray.data  # noqa: F401
+        except ImportError as error:
+            raise UserError(f'engine=ray: {error}; install it with pip install "exvideo-train[ray]"') from error
+        self.settings = settings
+        self.records = list(records)
+        self.on_progress = on_progress
+        self._by_encoder: dict[str, Totals] = {}
+
+    @property
+    def totals(self) -> list[Totals]:
+        """What each encoding actor did."""
+        return list(self._by_encoder.values())
+
+    def run(self) -> None:
+        """Encode every clip.
+
+        Raises:
+            UserError: an encoder met a full disk or too little GPU memory.
+        """
+        import ray
+
+        if not self.records:
+            LatentStore.open(self.settings.store_path).write_empty_prompt(ClipEncoder(self.settings, "cpu").text(""))
+            return
+        ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            began = time.monotonic()
+            for outcome in self._pipeline().iter_rows(prefetch_batches=0):
+                if outcome["error"]:
+                    raise UserError(outcome["error"])
+                self._count(outcome, time.monotonic() - began)
+                self.on_progress(outcome["clip_id"])
+        finally:
+            ray.shutdown()
+
+    def _pipeline(self) -> Any:
+        import ray
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        # A block that is lost for good costs its clips alone; the next run finds them still to do.
+        context.max_errored_blocks = -1
+        num_gpus, num_cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
+        num_encoders = max(1, num_gpus)
+        encoder_needs: dict[str, float] = {"num_gpus": 1, "num_cpus": 0} if num_gpus else {"num_cpus": 1}
+        free_cpus = num_cpus - (0 if num_gpus else num_encoders)
+        num_decoders = max(1, min(free_cpus, self.settings.decode_workers * num_encoders))
+        options: dict[str, Any] = {"fn_constructor_args": (self.settings,)}
+        rows = [{"record": record.to_json()} for record in self.records]
+        clips = ray.data.from_items(rows, override_num_blocks=min(len(rows), 8 * num_decoders + 1000))
+        decoded = clips.map(DecodeActor, concurrency=num_decoders, num_cpus=min(1, max(free_cpus, 0.1)), **options)
+        return decoded.map(EncodeActor, concurrency=num_encoders, **encoder_needs, **options)
+
+    def _count(self, outcome: Row, seconds: float) -> None:
+        totals = self._by_encoder.setdefault(outcome["encoder"], Totals())
+        first = totals.decode_seconds == 0
+        totals.startup_seconds = seconds if first else totals.startup_seconds
+        totals.loop_seconds = seconds - totals.startup_seconds + (outcome["encode_seconds"] if first else 0)
+        totals.num_encoded += not outcome["reason"]
+        totals.num_bytes += outcome["num_bytes"]
+        totals.decode_seconds += outcome["decode_seconds"]
+        totals.encode_seconds += outcome["encode_seconds"]
+        totals.wait_seconds += 0 if first else outcome["wait_seconds"]
+        if outcome["reason"]:
+            totals.quarantined[outcome["reason"]] += 1
