@@ -1,0 +1,178 @@
+"""The FLOPs that meters and plans use against FlopCounterMode on real tensors, and a plan's traces against depth."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from exvideo_train.adapters.lora import apply_lora
+from exvideo_train.backbones.registry import FAMILIES
+from exvideo_train.config.experiment import LORA_TARGETS, LoraConfig, Recompute
+from exvideo_train.geometry import Geometry
+from exvideo_train.parallel.activation_checkpointing import block_runner
+from exvideo_train.parallel.cost import lora_settings, training_flops_per_sample
+from exvideo_train.parallel.trace import StepMeter, TracedKernel, Work, trace_blocks, trace_step
+
+FAMILY = FAMILIES[0]
+ATEN = torch.ops.aten
+# FlopCounterMode knows the GPU's fused attention by name but not the CPU's: the same work under another name.
+CPU_ATTENTION = {
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g, q, k, v
+    ),
+}
+GEOMETRIES = [Geometry(9, 32, 48, 8), Geometry(25, 48, 32, 8), Geometry(129, 16, 16, 8)]
+NOT_NORM1 = [name for name in LORA_TARGETS if name != "norm1.linear"]
+
+
+def small_config(rotary: bool, num_layers: int = 5) -> Any:
+    published = FAMILY.published_config("zai-org/CogVideoX-5b" if rotary else "zai-org/CogVideoX-2b")
+    return dataclasses.replace(
+        published,
+        num_layers=num_layers,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        time_embed_dim=8,
+        text_embed_dim=12,
+        max_text_seq_length=10,
+    )
+
+
+def count_on_cpu(config: Any, lora: LoraConfig, geometry: Geometry, recompute: Recompute) -> tuple[int, int]:
+    """FLOPs of a real forward and of a real backward pass, fp32 on the CPU."""
+    model = apply_lora(FAMILY.build(config), lora_settings(lora), seed=0)
+    model.train()
+    runner = block_runner(recompute, has_dropout=False)
+    if runner is not None:
+        model.run_block = runner
+    latents_BTCHW = torch.randn(
+        1, geometry.num_latent_frames, config.in_channels, geometry.latent_height, geometry.latent_width
+    )
+    text_BLC = torch.randn(1, config.max_text_seq_length, config.text_embed_dim)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as forward:
+        loss = model(latents_BTCHW, text_BLC, torch.tensor([3])).square().mean()
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as backward:
+        loss.backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+CASES = [
+    (True, Recompute.none, LORA_TARGETS, GEOMETRIES[0]),
+    (True, Recompute.full, LORA_TARGETS, GEOMETRIES[0]),
+    (True, Recompute.full, LORA_TARGETS, GEOMETRIES[2]),
+    (True, Recompute.full, NOT_NORM1, GEOMETRIES[1]),
+    (True, Recompute.keep_attention, LORA_TARGETS, GEOMETRIES[1]),
+    (True, Recompute.keep_attention, ["attn1.to_q", "ff.net.2"], GEOMETRIES[0]),
+    (False, Recompute.none, NOT_NORM1, GEOMETRIES[1]),
+    (False, Recompute.full, LORA_TARGETS, GEOMETRIES[1]),
+    (False, Recompute.full, ["ff.net.2"], GEOMETRIES[0]),
+    (False, Recompute.keep_attention, NOT_NORM1, GEOMETRIES[2]),
+]
+
+
+@pytest.mark.parametrize(("rotary", "recompute", "targets", "geometry"), CASES)
+def test_flops_equal_those_counted_on_real_tensors(
+    rotary: bool, recompute: Recompute, targets: list[str], geometry: Geometry
+) -> None:
+    config, lora = small_config(rotary), LoraConfig(rank=4, alpha=4, targets=targets)
+    flops = training_flops_per_sample(config, lora, geometry, recompute)
+    assert (flops.forward, flops.recomputed + flops.backward) == count_on_cpu(config, lora, geometry, recompute)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 8])
+def test_flops_at_any_depth(num_layers: int) -> None:
+    config, lora, geometry = small_config(True, num_layers), LoraConfig(rank=2, alpha=2), GEOMETRIES[0]
+    flops = training_flops_per_sample(config, lora, geometry, Recompute.none)
+    assert (flops.forward, flops.backward) == count_on_cpu(config, lora, geometry, Recompute.none)
+
+
+def test_policies_differ_by_what_they_recompute() -> None:
+    config, lora = small_config(rotary=True), LoraConfig(rank=4, alpha=4)
+    none, full, keep = (
+        training_flops_per_sample(config, lora, GEOMETRIES[0], policy)
+        for policy in (Recompute.none, Recompute.full, Recompute.keep_attention)
+    )
+    assert none.recomputed == 0
+    assert none.backward == full.backward == keep.backward
+    attention = config.num_layers * FAMILY.attention_flops(config, GEOMETRIES[0])
+    assert full.recomputed - keep.recomputed == attention
+
+
+def test_forward_equals_the_closed_form_at_full_size() -> None:
+    """Two independent ways: a trace of the network, and the family's formula. 1.47e15 at 129 frames of 480x720."""
+    config, geometry = FAMILY.published_config("zai-org/CogVideoX-5b"), Geometry(129, 480, 720, 8)
+    flops = training_flops_per_sample(config, LoraConfig(), geometry, Recompute.full)
+    closed = FAMILY.forward_flops(config, geometry) + FAMILY.lora_forward_flops(config, geometry, 64, LORA_TARGETS)
+    assert flops.forward == closed
+    assert flops.total == pytest.approx(5.99e15, rel=1e-3)
+    keep = training_flops_per_sample(config, LoraConfig(), geometry, Recompute.keep_attention)
+    assert keep.total / flops.total == pytest.approx(0.827, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "kernel"),
+    [
+        (Recompute.none, TracedKernel.math),
+        (Recompute.full, TracedKernel.fused),
+        (Recompute.keep_attention, TracedKernel.fused),
+    ],
+)
+def test_a_trace_of_three_blocks_tells_all_of_a_deeper_one(recompute: Recompute, kernel: TracedKernel) -> None:
+    work = Work(FAMILY, small_config(True, 6), lora_settings(LoraConfig(4, 4)), GEOMETRIES[1], recompute, kernel=kernel)
+    assert trace_step(work) == trace_blocks(work, 6)
+
+
+def test_ranks_of_a_sequence_group_share_flops_and_memory() -> None:
+    geometry = Geometry(49, 64, 64, 8)
+    work = Work(FAMILY, small_config(True, 3), lora_settings(LoraConfig(4, 4)), geometry, Recompute.none)
+    whole, half = trace_step(work), trace_step(dataclasses.replace(work, sequence_size=2))
+    assert half.forward_flops / whole.forward_flops == pytest.approx(0.5, abs=0.01)
+    assert half.kept_bytes / whole.kept_bytes == pytest.approx(0.5, abs=0.1)
+
+
+def test_meter_of_a_step_sees_what_is_freed() -> None:
+    with StepMeter() as meter:
+        first = torch.ones(256, 256)
+        second = first + 1
+        view = second.view(-1)
+        assert meter.live_bytes == 2 * 256 * 256 * 4
+        del first
+        assert meter.live_bytes == 256 * 256 * 4
+        del second, view
+        assert meter.live_bytes == 0
+        assert meter.peak_bytes == 2 * 256 * 256 * 4
+        product = torch.ones(8, 16) @ torch.ones(16, 4)
+    assert product.shape == (8, 4)
+    assert meter.flops == 2 * 8 * 16 * 4
+
+
+@pytest.mark.parametrize("recompute", list(Recompute), ids=lambda policy: policy.name)
+def test_memory_of_a_trace_is_that_of_the_same_step_on_real_tensors(recompute: Recompute) -> None:
+    """Live and peak bytes of a real fp32 CPU step, to the little that CPU kernels save differently."""
+    config, lora, geometry = small_config(True), LoraConfig(4, 4), Geometry(49, 64, 64, 8)
+    traced = trace_step(Work(FAMILY, config, lora_settings(lora), geometry, recompute, compute_dtype=torch.float32))
+    model = apply_lora(FAMILY.build(config), lora_settings(lora), seed=0)
+    model.train()
+    runner = block_runner(recompute, has_dropout=False)
+    if runner is not None:
+        model.run_block = runner
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with StepMeter() as meter:
+        shape = (1, geometry.num_latent_frames, config.in_channels, geometry.latent_height, geometry.latent_width)
+        latents_BTCHW, target_BTCHW = torch.randn(shape), torch.randn(shape)
+        text_BLC = torch.randn(1, config.max_text_seq_length, config.text_embed_dim)
+        prediction_BTCHW = model(latents_BTCHW, text_BLC, torch.tensor([3]))
+        loss = (prediction_BTCHW.float() - target_BTCHW.float()).square().mean(dim=(2, 3, 4)).mean()
+        del prediction_BTCHW
+        kept_bytes = meter.live_bytes
+        meter.peak_bytes = 0
+        loss.backward()
+    assert traced.kept_bytes == pytest.approx(kept_bytes, rel=0.02)
+    assert traced.backward_peak_bytes == pytest.approx(meter.peak_bytes, rel=0.02)
