@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from exvideo_train.clips.record import TAR_SEPARATOR
 
@@ -138,6 +138,23 @@ def read_member(path: str, member: str) -> bytes:
     if len(content) != size:
         raise UnreadableClip(Reason.TRUNCATED, f"{path} ends inside member {member}")
     return content
+
+
+@contextmanager
+def open_bytes(video: str) -> Iterator[tuple[BinaryIO, int]]:
+    """The bytes of a video, and how many they are; a member of a shard is read whole.
+
+    Raises:
+        UnreadableClip: the file is missing, empty, or may not be read.
+    """
+    path, member = split_video(video)
+    if member is not None:
+        content = read_member(path, member)
+        yield io.BytesIO(content), len(content)
+        return
+    size = _check_file(path).st_size
+    with open(path, "rb") as stream:
+        yield stream, size
 
 
 @contextmanager

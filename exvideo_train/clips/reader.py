@@ -118,6 +118,42 @@ def iter_frames(
     raise _why_ended(video, moments)
 
 
+def iter_window(
+    video: str, start: float, end: float, long_side: int, num_threads: int = 0
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Every frame shown between two moments, small and uncropped, for judging a clip.
+
+    Args:
+        video: path, or ``shard.tar::member``.
+        start, end: seconds from the video's first frame; a video that ends earlier just ends.
+        long_side: length of the longer side of the frames in pixels.
+        num_threads: decoder threads, 0 for one a core.
+
+    Yields:
+        (moment from which it is shown, uint8 RGB frame of shape (H, W, C)).
+
+    Raises:
+        UnreadableClip: the video cannot be opened or decoded.
+    """
+    scaler: _Scaler | None = None
+    begins = start
+    for shown, until, pixel_aspect in _shown_frames(video, start, num_threads):
+        if scaler is None:
+            scaler = _Scaler(*_small_size(shown, pixel_aspect, long_side), num_threads, crop=False)
+        yield begins, scaler(shown, pixel_aspect)
+        begins = until
+        if until >= end - TIME_TOLERANCE_SECONDS:
+            return
+
+
+def _small_size(frame: av.video.frame.VideoFrame, pixel_aspect: float, long_side: int) -> tuple[int, int]:
+    width, height = frame.width * pixel_aspect, float(frame.height)
+    if quarter_turn(frame.rotation) in (90, 270):
+        width, height = height, width
+    scale = long_side / max(width, height)
+    return max(2, round(height * scale)), max(2, round(width * scale))
+
+
 def _shown_frames(
     video: str, start: float, num_threads: int
 ) -> Iterator[tuple[av.video.frame.VideoFrame, float, float]]:
@@ -225,8 +261,8 @@ class _Scaler:
     when it shrinks, which is what antialiasing means.
     """
 
-    def __init__(self, height: int, width: int, num_threads: int) -> None:
-        self._height, self._width, self._threads = height, width, num_threads
+    def __init__(self, height: int, width: int, num_threads: int, crop: bool = True) -> None:
+        self._height, self._width, self._threads, self._crop = height, width, num_threads, crop
         self._pixel_aspect = 1.0
         self._graph: av.filter.Graph | None = None
         self._signature: tuple[object, ...] = ()
@@ -256,7 +292,9 @@ class _Scaler:
 
         sideways = self._turn in (90, 270)
         height, width = (self._width, self._height) if sideways else (self._height, self._width)
-        crop_height, crop_width = _crop_size(frame, height, width, self._pixel_aspect)
+        crop_height, crop_width = frame.height, frame.width
+        if self._crop:
+            crop_height, crop_width = _crop_size(frame, height, width, self._pixel_aspect)
         graph = av.filter.Graph()
         graph.threads = self._threads
         graph.link_nodes(

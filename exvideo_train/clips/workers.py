@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from exvideo_train.clips.container import Reason
 from exvideo_train.errors import UserError
@@ -187,8 +187,8 @@ class _Pool(Generic[Task, Result]):
 
     def _finish(self, worker: _Worker[Task], result: Result | Failed) -> None:
         assert worker.number is not None
-        assert worker.task is not None
-        self._finished[worker.number] = (worker.task, result)
+        # A task may itself be None, so the number alone says whether the worker has one.
+        self._finished[worker.number] = (cast(Task, worker.task), result)
         worker.number = worker.task = None
         worker.served += 1
 
