@@ -22,7 +22,7 @@ def inspect_latents(config: InspectLatents) -> None:
 
     store = LatentStore.open(config.latents)
     if config.action is StoreAction.stats:
-        print(inspect.describe_stats(store, config.num_clips or 200))
+        print(inspection.describe_stats(store, config.num_clips or 200))
     elif config.action is StoreAction.preview:
         _preview(config, store)
     else:

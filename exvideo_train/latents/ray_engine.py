@@ -6,6 +6,7 @@ replacement of lost machines. The store's folder must be the same path on every 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -158,10 +159,10 @@ class RayEngine:
         if not self.records:
             LatentStore.open(self.settings.store_path).write_empty_prompt(ClipEncoder(self.settings, "cpu").text(""))
             return
-        ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:
             began = time.monotonic()
-            for outcome in self._pipeline().iter_rows(prefetch_batches=0):
+            for outcome in self._pipeline().iter_rows():
                 if outcome["error"]:
                     raise UserError(outcome["error"])
                 self._count(outcome, time.monotonic() - began)
@@ -174,18 +175,23 @@ class RayEngine:
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         # A block that is lost for good costs its clips alone; the next run finds them still to do.
         context.max_errored_blocks = -1
         num_gpus, num_cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
         num_encoders = max(1, num_gpus)
-        encoder_needs: dict[str, float] = {"num_gpus": 1, "num_cpus": 0} if num_gpus else {"num_cpus": 1}
+        encoder_needs: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if num_gpus else {"num_cpus": 1}
         free_cpus = num_cpus - (0 if num_gpus else num_encoders)
         num_decoders = max(1, min(free_cpus, self.settings.decode_workers * num_encoders))
         options: dict[str, Any] = {"fn_constructor_args": (self.settings,)}
         rows = [{"record": record.to_json()} for record in self.records]
         clips = ray.data.from_items(rows, override_num_blocks=min(len(rows), 8 * num_decoders + 1000))
-        decoded = clips.map(DecodeActor, concurrency=num_decoders, num_cpus=min(1, max(free_cpus, 0.1)), **options)
-        return decoded.map(EncodeActor, concurrency=num_encoders, **encoder_needs, **options)
+        decoder_cpus = min(1.0, max(free_cpus, 0.1))
+        decoders, encoders = (ray.data.ActorPoolStrategy(size=size) for size in (num_decoders, num_encoders))
+        decode: Any = DecodeActor
+        encode: Any = EncodeActor
+        decoded = clips.map(decode, compute=decoders, num_cpus=decoder_cpus, **options)
+        return decoded.map(encode, compute=encoders, **encoder_needs, **options)
 
     def _count(self, outcome: Row, seconds: float) -> None:
         totals = self._by_encoder.setdefault(outcome["encoder"], Totals())
