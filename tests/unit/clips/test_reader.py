@@ -1,0 +1,346 @@
+"""Frames by time from every codec and rate, upright, cropped and antialiased; each broken input with its own reason."""
+
+from __future__ import annotations
+
+import bisect
+import os
+import resource
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from exvideo_train.clips.container import UnreadableClip, probe_video
+from exvideo_train.clips.reader import read_frames
+from exvideo_train.geometry import Geometry
+
+SMALL = Geometry(num_frames=17, height=96, width=128, fps=8)
+CODECS = {
+    "h264.mp4": {"codec": "libx264"},
+    "h264_sound.mp4": {"codec": "libx264", "sound": True},
+    "h264_10bit.mkv": {"codec": "libx264", "pixel_format": "yuv420p10le"},
+    "h264_transport.ts": {"codec": "libx264"},
+    "hevc.mp4": {"codec": "libx265"},
+    "hevc_10bit.mp4": {"codec": "libx265", "pixel_format": "yuv420p10le"},
+    "vp9.webm": {"codec": "libvpx-vp9"},
+    "av1.mp4": {"codec": "libsvtav1"},
+    "av1_10bit.mkv": {"codec": "libsvtav1", "pixel_format": "yuv420p10le"},
+    "odd_size.mp4": {"codec": "libx264", "pixel_format": "yuv444p", "size": (99, 131)},
+    "mpeg4.avi": {"codec": "mpeg4"},
+}
+
+
+def numbers(frames_FHWC: torch.Tensor, number_in: Callable[[np.ndarray], int]) -> list[int]:
+    return [number_in(frame) for frame in frames_FHWC.numpy()]
+
+
+def shown_at(times: list[float], moments: list[float]) -> list[int]:
+    """Index of the frame that a player shows: the last that has begun."""
+    return [bisect.bisect_right(times, moment + 1e-6) - 1 for moment in moments]
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_every_codec_shows_the_right_frames_from_any_start(name, video, clip, number_in, tmp_path):
+    path = video(tmp_path / name, **CODECS[name])
+    times = [index / 25 for index in range(150)]
+    # Between keyframes, on one, at the very start, and the last window that fits.
+    for start in (0.0, 0.44, 1.0, 2.999, 3.96):
+        frames_FHWC = read_frames(clip(path, start), SMALL)
+        assert frames_FHWC.shape == (17, 96, 128, 3)
+        assert frames_FHWC.dtype == torch.uint8
+        moments = [start + index / 8 + 0.0015 for index in range(17)]
+        assert numbers(frames_FHWC, number_in) == shown_at(times, moments), start
+
+
+@pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(60), Fraction(50)])
+def test_constant_rates_show_the_right_moments(rate, video, clip, number_in, tmp_path):
+    path = video(tmp_path / "clock.mp4", frames=int(rate * 4), fps=rate)
+    times = [float(index / rate) for index in range(int(rate * 4))]
+    for start in (0.0, 1.3):
+        shown = numbers(read_frames(clip(path, start), SMALL), number_in)
+        for index, number in enumerate(shown):
+            lag = start + index / 8 - times[number]
+            assert -0.002 <= lag < 1 / float(rate), f"frame {index} shows {times[number]:.3f} s"
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_variable_rate_shows_the_right_moments(suffix, video, clip, number_in, tmp_path):
+    steps = [17, 200, 33, 33, 90, 500, 10, 41]
+    milliseconds = [0]
+    while milliseconds[-1] < 5000:
+        milliseconds.append(milliseconds[-1] + steps[len(milliseconds) % len(steps)])
+    path = video(tmp_path / f"variable{suffix}", frames=len(milliseconds), milliseconds=milliseconds)
+    for start in (0.0, 0.7, 2.25):
+        shown = numbers(read_frames(clip(path, start), SMALL), number_in)
+        assert shown == shown_at([moment / 1000 for moment in milliseconds], [start + i / 8 for i in range(17)])
+
+
+def test_a_video_that_begins_late_is_counted_from_its_first_frame(video, clip, number_in, tmp_path):
+    path = video(tmp_path / "late.mkv", frames=60, milliseconds=[5000 + 40 * index for index in range(60)])
+    assert numbers(read_frames(clip(path), SMALL), number_in) == [int(index * 3.125) for index in range(17)]
+
+
+def test_the_example_clip_holds_one_129_frame_window(clip, clip_path):
+    geometry = Geometry(129, 64, 96, 25)
+    whole = read_frames(clip(clip_path), geometry)
+    assert torch.equal(whole, read_frames(clip(clip_path, 0.0, 5.28), geometry))
+    with pytest.raises(UnreadableClip) as caught:
+        read_frames(clip(clip_path), Geometry(137, 64, 96, 25))
+    assert caught.value.reason == "too_short"
+
+
+def test_frames_equal_those_of_decoding_everything(clip, clip_path):
+    """Against the plainest use of PyAV: decode all, take the 129 frames by index."""
+    geometry = Geometry(9, 720, 1280, 5)
+    frames_FHWC = read_frames(clip(clip_path, 1.0), geometry)
+    with av.open(str(clip_path)) as container:
+        decoded = list(container.decode(video=0))
+    for index in range(9):
+        expected = (
+            decoded[25 + 5 * index]
+            .reformat(format="rgb24", src_colorspace="ITU709", interpolation="BICUBIC")
+            .to_ndarray()
+        )
+        difference = np.abs(expected.astype(int) - frames_FHWC[index].numpy()).mean()
+        # The plain conversion's short cut for chroma costs it 2 levels; another frame differs by more than 8.
+        assert difference < 3.0, index
+
+
+def test_decord_gives_the_same_frames_where_it_is_exact(clip, clip_path):
+    decord = pytest.importorskip("decord")
+    reader = decord.VideoReader(str(clip_path), width=1280, height=720, num_threads=1)
+    frames_FHWC = read_frames(clip(clip_path), Geometry(17, 720, 1280, 5))
+    for index in (0, 7, 16):
+        assert np.abs(reader[5 * index].asnumpy().astype(int) - frames_FHWC[index].numpy()).mean() < 3.0
+
+
+@pytest.mark.parametrize("turn", [90, 180, 270])
+def test_rotation_metadata_is_applied(turn, video, clip, number_in, tmp_path):
+    path = video(tmp_path / "turned.mp4", frames=60, turn=turn)
+    info = probe_video(str(path))
+    assert (info.width, info.height) == (128, 96)
+    frames_FHWC = read_frames(clip(path), SMALL)
+    assert numbers(frames_FHWC, number_in) == [int(index * 3.125) for index in range(17)]
+
+
+def test_pixel_aspect_is_applied(video, clip, number_in, tmp_path):
+    """Anamorphic video is shown 4/3 wider than stored: its crop to 4:3 keeps the stored middle alone."""
+    height, width = 96, 128
+    picture = np.full((height, width, 3), 200, np.uint8)
+    # Bright middle of the width that a 4:3 crop of a 16:9 picture keeps, dark sides.
+    picture[:, :15] = picture[:, -15:] = 20
+    path = video(tmp_path / "wide.mp4", frames=[picture] * 60, pixel_aspect=Fraction(4, 3))
+    assert probe_video(str(path)).width == 171
+    assert read_frames(clip(path), SMALL).numpy().min() > 150
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 720), (720, 480), (256, 256), (720, 1280)])
+def test_crop_and_resize_against_a_float_reference(height, width, clip, clip_path):
+    """Antialiased bicubic of the centre crop in floating point, with the BT.709 matrix, from the decoded planes."""
+    frames_FHWC = read_frames(clip(clip_path), Geometry(9, height, width, 2))
+    with av.open(str(clip_path)) as container:
+        frame = next(container.decode(video=0))
+        frame_at_2_seconds = [entry for entry in container.decode(video=0) if entry.time <= 2.0][-1]
+    for index, decoded in ((0, frame), (4, frame_at_2_seconds)):
+        difference = (float_reference(decoded, height, width) - frames_FHWC[index]).abs()
+        assert difference.mean() < 0.6
+        assert float(difference.quantile(0.99) if difference.numel() < 2**24 else difference.max()) < 6
+
+
+def float_reference(frame: av.VideoFrame, height: int, width: int) -> torch.Tensor:
+    planes = torch.from_numpy(frame.to_ndarray(format="yuv420p")).float()
+    full_height, full_width = frame.height, frame.width
+    luma = (planes[:full_height] - 16) * 255 / 219
+    chroma = planes[full_height:].reshape(2, full_height // 2, full_width // 2)
+    blue, red = (F.interpolate(chroma[None], (full_height, full_width), mode="bilinear")[0] - 128) * 255 / 224
+    red_part, blue_part = luma + 2 * (1 - 0.2126) * red, luma + 2 * (1 - 0.0722) * blue
+    green_part = (luma - 0.2126 * red_part - 0.0722 * blue_part) / 0.7152
+    picture = torch.stack([red_part, green_part, blue_part]).clamp(0, 255)
+    crop_width = min(full_width, round(full_height * width / height))
+    crop_height = min(full_height, round(full_width * height / width))
+    left, top = (full_width - crop_width) // 2 // 2 * 2, (full_height - crop_height) // 2 // 2 * 2
+    cropped = picture[None, :, top : top + crop_height, left : left + crop_width]
+    return F.interpolate(cropped, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0).clamp(0, 255)
+
+
+def test_a_clip_may_have_its_own_sampling_rate(video, clip, number_in, tmp_path):
+    path = video(tmp_path / "short.mp4", frames=40)
+    with pytest.raises(UnreadableClip):
+        read_frames(clip(path), SMALL)
+    fast = replace(clip(path), sampling_fps=12.5)
+    assert numbers(read_frames(fast, SMALL), number_in) == list(range(0, 34, 2))
+
+
+def test_members_of_a_tar_shard_are_read_in_place(video, clip, number_in, tmp_path):
+    path = video(tmp_path / "clip.mp4", frames=60)
+    shard = tmp_path / "00000.tar"
+    with tarfile.open(shard, "w") as archive:
+        archive.add(path, "0000000_00000.mp4")
+        archive.add(path, "empty.mp4", filter=lambda member: setattr(member, "size", 0) or member)
+    frames_FHWC = read_frames(clip(f"{shard}::0000000_00000.mp4"), SMALL)
+    assert torch.equal(frames_FHWC, read_frames(clip(path), SMALL))
+    for member, reason in (("absent.mp4", "missing"), ("empty.mp4", "empty_file")):
+        with pytest.raises(UnreadableClip) as caught:
+            read_frames(clip(f"{shard}::{member}"), SMALL)
+        assert caught.value.reason == reason
+
+
+MEMORY_SCRIPT = """
+import resource, sys, torch
+from exvideo_train.clips.reader import read_frames
+from exvideo_train.clips.record import ClipRecord
+from exvideo_train.geometry import Geometry
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read_frames(ClipRecord("abc", "test", sys.argv[1], 0.0, None, ""), Geometry(9, 96, 128, 25), num_threads=1)
+before = peak()
+read_frames(ClipRecord("abc", "test", sys.argv[1], 0.0, None, ""), Geometry(97, 96, 128, 25), num_threads=1)
+print(peak() - before)
+"""
+
+
+def test_full_size_frames_are_never_all_in_memory(video, tmp_path):
+    picture = np.tile(np.arange(1920, dtype=np.uint8), (1080, 1))[..., None].repeat(3, 2)
+    path = video(tmp_path / "large.mp4", frames=[picture] * 100, options={"preset": "ultrafast"})
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT, str(path)], check=True, capture_output=True, text=True, timeout=120
+    )
+    # 97 frames at full size would be 600 MB in RGB and 300 MB as decoded.
+    assert int(done.stdout) < 80_000
+
+
+# --- broken inputs ---------------------------------------------------------------------------------------------
+
+
+def audio_only(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100, layout="mono")
+        tone = av.AudioFrame.from_ndarray(np.zeros((1, 44100 * 3), np.float32), format="fltp", layout="mono")
+        tone.sample_rate = 44100
+        container.mux(stream.encode(tone))
+        container.mux(stream.encode(None))
+
+
+@pytest.fixture(scope="module")
+def good(video, tmp_path_factory) -> Path:
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 255, (96, 128, 3), np.uint8) for _ in range(100)]
+    return video(tmp_path_factory.mktemp("good") / "good.mp4", frames=noise)
+
+
+def broken(kind: str, good: Path, path: Path, video: Callable[..., Path]) -> None:
+    content = good.read_bytes()
+    if kind == "cut_off":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "cut_off_matroska":
+        whole = path.with_name("whole.mkv")
+        with av.open(str(good)) as source, av.open(str(whole), "w") as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    target.mux(packet)
+        path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 3])
+    elif kind == "zero_bytes":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("<html>429 Too Many Requests</html>\n" * 50)
+    elif kind == "audio":
+        audio_only(path)
+    elif kind == "one_frame":
+        video(path, frames=1)
+    elif kind == "corrupt_packets":
+        rng = np.random.default_rng(1)
+        middle = len(content) // 3
+        damage = rng.integers(0, 255, len(content) // 10, np.uint8).tobytes()
+        path.write_bytes(content[:middle] + damage + content[middle + len(damage) :])
+    elif kind == "unknown_codec":
+        path.write_bytes(content.replace(b"avc1", b"zzz9"))
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "intact":
+        path.write_bytes(content)
+    else:
+        assert kind == "absent"
+
+
+BROKEN = [
+    ("absent", 0.0, None, "missing"),
+    ("cut_off", 0.0, None, "truncated"),
+    ("cut_off_matroska", 0.0, None, "truncated"),
+    ("zero_bytes", 0.0, None, "empty_file"),
+    ("text", 0.0, None, "not_video"),
+    ("audio", 0.0, None, "no_video_stream"),
+    ("one_frame", 0.0, None, "too_short"),
+    ("corrupt_packets", 0.0, None, "corrupt"),
+    ("unknown_codec", 0.0, None, "unsupported_codec"),
+    ("folder", 0.0, None, "not_a_file"),
+    ("pipe", 0.0, None, "not_a_file"),
+    ("intact", 2.0, 1.0, "bad_span"),
+    ("intact", -1.0, 3.0, "bad_span"),
+    ("intact", 1.0, 2.5, "too_short"),
+    ("intact", 3.0, 9.0, "span_past_end"),
+    ("intact", 30.0, 39.0, "span_past_end"),
+]
+
+
+@pytest.mark.parametrize(("kind", "start", "end", "reason"), BROKEN)
+def test_each_broken_input_has_its_own_reason(kind, start, end, reason, good, video, clip, tmp_path):
+    path = tmp_path / "broken.mp4"
+    broken(kind, good, path, video)
+    with pytest.raises(UnreadableClip) as caught:
+        read_frames(clip(path, start, end), SMALL)
+    assert caught.value.reason == reason, caught.value
+    assert caught.value.detail
+
+
+def test_a_file_that_may_not_be_read(good, clip, tmp_path):
+    path = tmp_path / "secret.mp4"
+    path.write_bytes(good.read_bytes())
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+    with pytest.raises(UnreadableClip) as caught:
+        read_frames(clip(path), SMALL)
+    assert caught.value.reason == "permission"
+
+
+def test_damage_before_the_span_does_not_matter(video, clip, number_in, tmp_path):
+    path = video(tmp_path / "damaged.mp4", frames=150, gop=25)
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        positions = [(packet.pts, packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    _, position, size = positions[3]
+    content[position + 8 : position + size] = b"\xff" * (size - 8)
+    path.write_bytes(content)
+    moments = [2.0 + index / 8 + 0.0015 for index in range(17)]
+    expected = shown_at([index / 25 for index in range(150)], moments)
+    assert numbers(read_frames(clip(path, 2.0), SMALL), number_in) == expected
+
+
+def test_unreadable_clip_travels_between_processes():
+    import pickle
+
+    error = pickle.loads(pickle.dumps(UnreadableClip("corrupt", "x")))
+    assert (error.reason, error.detail, str(error)) == ("corrupt", "x", "corrupt: x")
+
+
+def test_open_files_are_closed(good, clip):
+    before = len(os.listdir("/proc/self/fd"))
+    limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(20):
+        read_frames(clip(good), SMALL, num_threads=1)
+        with pytest.raises(UnreadableClip):
+            read_frames(clip(good, 3.0), SMALL, num_threads=1)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - limit < 50_000
