@@ -68,7 +68,12 @@ def _download(hub_id: str, revision: str | None, parts: Sequence[str]) -> Path:
         RevisionNotFoundError,
     )
 
-    patterns = ["model_index.json", *(f"{part}/{pattern}" for part in parts for pattern in _FILE_PATTERNS)]
+    # The network's config tells every stage the length of prompts; it is small, its weights are not.
+    patterns = [
+        "model_index.json",
+        "transformer/config.json",
+        *(f"{part}/{pattern}" for part in parts for pattern in _FILE_PATTERNS),
+    ]
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except GatedRepoError:

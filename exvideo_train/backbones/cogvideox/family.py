@@ -5,6 +5,7 @@ from __future__ import annotations
 from exvideo_train.backbones.cogvideox import costs, published, weights
 from exvideo_train.backbones.cogvideox.model import CogVideoXBlock, CogVideoXConfig, CogVideoXDiT
 from exvideo_train.backbones.family import BackboneFamily
+from exvideo_train.config.experiment import LORA_TARGETS
 
 
 def _text_length(config: CogVideoXConfig) -> int:
@@ -30,16 +31,7 @@ COGVIDEOX: BackboneFamily[CogVideoXConfig] = BackboneFamily(
     read_config=weights.read_config,
     load=weights.load,
     published_config=_published_config,
-    default_lora_targets=(
-        "attn1.to_q",
-        "attn1.to_k",
-        "attn1.to_v",
-        "attn1.to_out.0",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "norm1.linear",
-        "norm2.linear",
-    ),
+    default_lora_targets=tuple(LORA_TARGETS),
     text_length=_text_length,
     num_base_frames=_num_base_frames,
     num_tokens=costs.num_tokens,
