@@ -68,6 +68,9 @@ class TrainingEngine:
         os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
         import deepspeed
 
+        # A collective for inference on CPUs, compiled at start: training never calls it, not every machine has a
+        # compiler, and a build that is killed leaves a lock on which all later runs wait for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         optim = config.optim
         self.trainable = dict(trainable)
         self.mesh = mesh
