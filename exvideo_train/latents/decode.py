@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 STARTUP_SECONDS = 300.0
 # One more try when a worker dies: the system's out-of-memory killer picks processes whatever they were reading.
 ATTEMPTS_AFTER_DEATH = 2
+ATTEMPTS_TO_START = 3
 
 
 @dataclass(frozen=True)
@@ -120,18 +121,25 @@ class DecodeWorker:
             self.close()
         if self._process is not None:
             return
+        for _ in range(ATTEMPTS_TO_START):
+            if self._start():
+                return
+            code = self.close()
+        raise RuntimeError(f"decoding processes do not start (exit code {code})")
+
+    def _start(self) -> bool:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self.options.geometry), daemon=True)
         self._process.start()
         theirs.close()
         self._num_served = 0
-        with _Deadline(self._process, STARTUP_SECONDS):
-            try:
+        try:
+            with _Deadline(self._process, STARTUP_SECONDS):
                 self._connection.recv()
-            except (EOFError, OSError) as error:
-                code = self.close()
-                raise RuntimeError(f"a decoding process did not start (exit code {code})") from error
+        except (EOFError, OSError):
+            return False
+        return True
 
     def _attempt(self, record: ClipRecord) -> tuple[Tensor | None, Failure | None]:
         import torch

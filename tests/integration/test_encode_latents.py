@@ -1,0 +1,286 @@
+"""encode_latents as users run it: real processes, a tiny real model, cuts of the real clip."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from exvideo_train.clips.reader import read_frames
+from exvideo_train.clips.record import ClipRecord, make_clip_id, write_manifest
+from exvideo_train.geometry import Geometry
+from exvideo_train.latents.encoders import TextEncoder, VideoEncoder
+from exvideo_train.latents.store import LatentStore
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = "data_prep/encode_latents.py"
+GEOMETRY = Geometry(9, 64, 96, 25)
+
+
+def record_of(video, start, caption, end=None):
+    return ClipRecord(make_clip_id("test", str(video), start, end), "test", str(video), start, end, caption)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, clip_path):
+    """A manifest with 6 good clips, 3 captions and several kinds of bad input."""
+    folder = tmp_path_factory.mktemp("data")
+    good = [record_of(clip_path, 0.4 * n, f"caption {n // 2}") for n in range(6)]
+    (folder / "text.mp4").write_text("this is not a video")
+    (folder / "empty.mp4").touch()
+    (folder / "cut.mp4").write_bytes(clip_path.read_bytes()[:20_000])
+    bad = [
+        record_of(folder / "missing.mp4", 0, "x"),
+        record_of(folder / "text.mp4", 0, "x"),
+        record_of(folder / "empty.mp4", 0, "x"),
+        record_of(folder / "cut.mp4", 0, "x"),
+        record_of(clip_path, 500, "x"),
+        record_of(clip_path, 2, "x", 1),
+    ]
+    # A line that names a clip again must not encode it again.
+    write_manifest(folder / "clips.jsonl", [*good[:3], *bad, *good[3:], good[0]])
+    write_manifest(folder / "good.jsonl", good)
+    return folder, good, bad
+
+
+def arguments(model, manifest, store, *more):
+    return [
+        SCRIPT,
+        "+exp=demo",
+        f"model.path={model}",
+        "num_frames=9",
+        f"manifest={manifest}",
+        f"latents={store}",
+        "device=cpu",
+        "decode_workers=1",
+        *more,
+    ]
+
+
+def identity(store):
+    """Every file of a store outside reports/."""
+    paths = (path for path in Path(store).rglob("*") if path.is_file())
+    names = {str(path.relative_to(store)): path for path in paths}
+    return {name: path.read_bytes() for name, path in names.items() if not name.startswith("reports/")}
+
+
+@pytest.fixture(scope="module")
+def whole(data, tiny_model_5b, tmp_path_factory):
+    """The store of an uninterrupted run over all clips, and that run's output."""
+    store = tmp_path_factory.mktemp("whole") / "store"
+    command = arguments(tiny_model_5b, data[0] / "clips.jsonl", store)
+    command[0] = str(REPOSITORY / SCRIPT)
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=store.parent)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return store, result.stdout
+
+
+@pytest.fixture(scope="module")
+def good_identity(data, whole):
+    """What a store of the good clips alone must be: the same files and the same index."""
+    return identity(whole[0])
+
+
+def test_store_holds_what_the_encoders_give(data, whole, tiny_model_5b):
+    store = LatentStore.open(whole[0])
+    assert store.clip_ids(GEOMETRY) == sorted(record.clip_id for record in data[1])
+    text = TextEncoder(tiny_model_5b, "cpu", torch.bfloat16, 16)
+    video = VideoEncoder(tiny_model_5b, "cpu", torch.bfloat16, False)
+    for record in data[1][::3]:
+        clip = store.read(record.clip_id, GEOMETRY)
+        assert clip.caption == record.caption
+        assert torch.equal(clip.text_LC, text.encode([record.caption])[0])
+        torch.testing.assert_close(clip.moments_CTHW, video.encode(read_frames(record, GEOMETRY)), rtol=0.02, atol=0.02)
+    assert torch.equal(store.empty_prompt(), text.encode([""])[0])
+
+
+def test_each_bad_input_has_its_own_reason(data, whole):
+    report = json.loads((whole[0] / "reports" / f"encode_{GEOMETRY.name}.json").read_text())
+    assert (report["encoded"], report["reused"], report["remaining"]) == (6, 0, 0)
+    assert sum(report["quarantined"].values()) == len(data[2])
+    lines = (whole[0] / "reports" / f"quarantined_{GEOMETRY.name}.jsonl").read_text().splitlines()
+    reasons = {entry["clip_id"]: entry["reason"] for entry in map(json.loads, lines)}
+    expected = ["missing", "not_video", "empty_file", "truncated", None, "bad_span"]
+    for record, reason in zip(data[2], expected, strict=True):
+        assert reasons[record.clip_id] == (reason or reasons[record.clip_id])
+    assert reasons[data[2][4].clip_id] in ("span_past_end", "too_short")
+    assert "encoded      6" in whole[1]
+    for field in ("decoding", "encoding", "waiting", "clips/s"):
+        assert field in whole[1]
+    leftovers = [path.name for path in (whole[0] / "reports").iterdir()]
+    assert "work" not in leftovers
+
+
+def test_second_run_reuses_everything(data, whole, tiny_model_5b, run_command):
+    before = identity(whole[0])
+    times = {path: path.stat().st_mtime_ns for path in whole[0].glob("clips/*/*/*")}
+    result = run_command(arguments(tiny_model_5b, data[0] / "clips.jsonl", whole[0]))
+    assert "encoded    6 already" in result.stdout
+    assert "reused       6" in result.stdout
+    assert identity(whole[0]) == before
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_dry_run_touches_nothing(data, whole, tiny_model_5b, run_command, tmp_path):
+    manifest = data[0] / "clips.jsonl"
+    result = run_command(arguments(tiny_model_5b, manifest, tmp_path / "new", "dry_run=true"))
+    assert "to encode  12" in result.stdout
+    assert "GiB needed" in result.stdout
+    assert not (tmp_path / "new").exists()
+    times = {path: path.stat().st_mtime_ns for path in whole[0].rglob("*")}
+    result = run_command(arguments(tiny_model_5b, manifest, whole[0], "dry_run=true"))
+    assert "6 quarantined" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in whole[0].rglob("*")} == times
+
+
+def test_other_options_than_the_stores_are_refused(data, whole, tiny_model_5b, run_command):
+    before = identity(whole[0])
+    more = ("tiling=true", "encoder_dtype=fp32")
+    result = run_command(arguments(tiny_model_5b, data[0] / "clips.jsonl", whole[0], *more), status=2)
+    assert "tiling: the store has False, this run has True" in result.stderr
+    assert "vae_dtype: the store has bf16, this run has fp32" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert identity(whole[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("manifest=absent.jsonl", "manifest=absent.jsonl does not exist"),
+        ("num_frames=10", "num_frames=10"),
+        ("device=cuda:7", "device=cuda:7"),
+        ("prefetch_clips=0", "prefetch_clips=0"),
+        ("model.path=absent", "model.path=absent"),
+        ("latents=/sys/exvideo_store", "/sys/exvideo_store"),
+    ],
+)
+def test_bad_options_are_named(data, tiny_model_5b, run_command, tmp_path, option, message):
+    kept = [
+        a
+        for a in arguments(tiny_model_5b, data[0] / "clips.jsonl", tmp_path / "s")
+        if "=" not in a or a.split("=")[0] != option.split("=")[0]
+    ]
+    result = run_command([*kept, option], status=2)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "s").exists()
+
+
+def test_full_disk_stops_with_a_message_and_a_later_run_continues(
+    data, tiny_model_5b, run_command, tmp_path, good_identity
+):
+    store = tmp_path / "store"
+    run_command(arguments(tiny_model_5b, data[0] / "good.jsonl", store, "max_clips=2"))
+    assert len(LatentStore.open(store).clip_ids(GEOMETRY)) == 2
+    # No file may grow beyond 8 KiB: latents do not fit, as on a full disk.
+    command = [sys.executable, str(REPOSITORY / SCRIPT), *arguments(tiny_model_5b, data[0] / "good.jsonl", store)[1:]]
+    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *command]
+    result = subprocess.run(limited, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "cannot write" in result.stderr
+    assert "free space" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(LatentStore.open(store).clip_ids(GEOMETRY)) == 2
+    assert not list(store.rglob("*.tmp"))
+    result = run_command(arguments(tiny_model_5b, data[0] / "good.jsonl", store))
+    assert "reused       2" in result.stdout
+    assert identity(store) == good_identity
+
+
+def test_quarantined_clips_are_tried_again_when_asked(data, tiny_model_5b, run_command, tmp_path, clip_path):
+    video = tmp_path / "late.mp4"
+    write_manifest(tmp_path / "m.jsonl", [record_of(video, 0.2, "late"), record_of(clip_path, 0, "there")])
+    store = tmp_path / "store"
+    # No decoder can be this fast: every clip times out, and the run goes on.
+    result = run_command(arguments(tiny_model_5b, tmp_path / "m.jsonl", store, "clip_timeout_seconds=0.0001"))
+    assert "timeout" in result.stdout
+    os.link(clip_path, video)
+    result = run_command(arguments(tiny_model_5b, tmp_path / "m.jsonl", store))
+    assert "encoded      0" in result.stdout
+    result = run_command(arguments(tiny_model_5b, tmp_path / "m.jsonl", store, "retry_quarantined=true"))
+    assert "encoded      2" in result.stdout
+    assert "quarantined  0" in result.stdout
+
+
+def _children(process, depth):
+    """Processes that run spawned work at a depth below the coordinator."""
+    found = psutil.Process(process.pid).children()
+    for _ in range(depth - 1):
+        found = [grandchild for child in found for grandchild in child.children()]
+    return [child for child in found if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_dead_encoder_is_replaced_and_interruption_reports(data, tiny_model_5b, tmp_path, good_identity, run_command):
+    store = tmp_path / "store"
+    command = [sys.executable, str(REPOSITORY / SCRIPT), *arguments(tiny_model_5b, data[0] / "good.jsonl", store)[1:]]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    while not (encoders := _children(process, 1)) or not list(store.glob("reports/work/taken/*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    encoders[0].kill()
+    while not [child for child in _children(process, 1) if child.pid != encoders[0].pid]:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "died (exit code -9) and is replaced" in output
+    assert "the same command again continues" in output
+    assert "remaining" in output
+    run_command(arguments(tiny_model_5b, data[0] / "good.jsonl", store))
+    assert identity(store) == good_identity
+
+
+def test_two_launched_processes_share_the_work(data, tiny_model_5b, run_command, tmp_path, good_identity):
+    store = tmp_path / "store"
+    command = arguments(tiny_model_5b, data[0] / "clips.jsonl", store)
+    command[0] = str(REPOSITORY / SCRIPT)
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    port = ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    result = run_command([*launch, *port, *command])
+    assert "on 2 encoder(s)" in result.stdout
+    assert identity(store) == good_identity
+
+
+def test_ray_gives_the_same_store(data, tiny_model_5b, run_command, tmp_path, good_identity):
+    store = tmp_path / "store"
+    command = arguments(tiny_model_5b, data[0] / "clips.jsonl", store, "engine=ray")
+    result = run_command(command, env={"RAY_TMPDIR": "/tmp"})
+    assert "encoded      6" in result.stdout
+    assert "quarantined  6" in result.stdout
+    assert identity(store) == good_identity
+
+
+def test_store_commands(data, tiny_model_5b, run_command, tmp_path, whole):
+    store = tmp_path / "store"
+    subprocess.run(["cp", "-r", whole[0], store], check=True)
+    tool = ["-m", "exvideo_train.latents"]
+    assert "the store is whole" in run_command([*tool, "verify", f"latents={store}"]).stdout
+    files = sorted(store.glob("clips/*/*/*.safetensors"))
+    damaged = bytearray(files[0].read_bytes())
+    damaged[-1] ^= 1
+    files[0].write_bytes(damaged)
+    files[1].unlink()
+    result = run_command([*tool, "verify", f"latents={store}", "repair=false"], status=1)
+    assert "4 whole, 1 damaged, 0 not in the index, 1 indexed but missing" in result.stdout
+    assert "repaired" in run_command([*tool, "verify", f"latents={store}"]).stdout
+    stats = run_command([*tool, "stats", f"latents={store}"]).stdout
+    assert "4 clips" in stats
+    assert "posterior std" in stats
+    result = run_command([*tool, "preview", f"latents={store}", f"model_path={tiny_model_5b}", f"output={tmp_path}"])
+    assert (tmp_path / f"preview_{GEOMETRY.name}.png").stat().st_size > 10_000
+    run_command(arguments(tiny_model_5b, data[0] / "clips.jsonl", store))
+    assert identity(store) == identity(whole[0])
+
+
+def test_killed_runs_end_in_the_uninterrupted_store(tmp_path):
+    script = REPOSITORY / "tests" / "integration" / "kill_encode.py"
+    command = [sys.executable, script, "--kills", "3", "--clips", "14", "--folder", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr

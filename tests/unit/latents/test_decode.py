@@ -1,0 +1,102 @@
+"""Decoding processes with a real clip: killed, timed out, recycled."""
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+from exvideo_train.clips.reader import read_frames
+from exvideo_train.clips.record import ClipRecord, make_clip_id
+from exvideo_train.geometry import Geometry
+from exvideo_train.latents.decode import DecodeOptions, DecodePool, DecodeWorker
+
+GEOMETRY = Geometry(9, 32, 48, 8)
+
+
+def record_of(video, start=0.0):
+    return ClipRecord(make_clip_id("test", str(video), start, None), "test", str(video), start, None, "a rabbit")
+
+
+@pytest.fixture
+def worker():
+    worker = DecodeWorker(DecodeOptions(GEOMETRY, timeout_seconds=60, recycle_after=2))
+    yield worker
+    worker.close()
+
+
+def test_frames_are_the_readers_and_failures_cost_nothing_else(worker, clip_path, tmp_path):
+    missing = worker.decode(record_of(tmp_path / "missing.mp4"))
+    assert missing.failure is not None
+    assert missing.failure.reason == "missing"
+    decoded = worker.decode(record_of(clip_path, 0.5))
+    assert decoded.failure is None
+    assert torch.equal(decoded.frames_FHWC, read_frames(record_of(clip_path, 0.5), GEOMETRY))
+
+
+def test_worker_is_recycled(worker, clip_path):
+    pids = []
+    for _ in range(3):
+        assert worker.decode(record_of(clip_path)).failure is None
+        pids.append(worker._process.pid)
+    assert pids[0] == pids[1] != pids[2]
+    assert not os.path.exists(f"/proc/{pids[0]}")
+
+
+def test_hanging_decoder_is_killed_and_replaced(clip_path):
+    worker = DecodeWorker(DecodeOptions(GEOMETRY, timeout_seconds=0.002, recycle_after=100))
+    try:
+        decoded = worker.decode(record_of(clip_path))
+        assert decoded.failure is not None
+        assert decoded.failure.reason == "timeout"
+        worker.options = DecodeOptions(GEOMETRY, timeout_seconds=60, recycle_after=100)
+        assert worker.decode(record_of(clip_path)).failure is None
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize("num_deaths", [1, 2])
+def test_dying_decoder_gets_a_second_chance(worker, clip_path, num_deaths):
+    assert worker.decode(record_of(clip_path)).failure is None
+    first = worker._process.pid
+
+    def kill():
+        killed = set()
+        while len(killed) < num_deaths:
+            process = worker._process
+            # Only while it decodes: the clip is then lost with it.
+            if process is not None and process.pid not in killed and worker._num_served == (process.pid == first):
+                killed.add(process.pid)
+                try:
+                    os.kill(process.pid, 9)
+                except ProcessLookupError:
+                    return
+            time.sleep(0.001)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    decoded = worker.decode(record_of(clip_path))
+    killer.join()
+    if num_deaths == 1:
+        assert decoded.failure is None
+    else:
+        assert decoded.failure is None or decoded.failure.reason == "worker_died"
+
+
+def test_pool_returns_every_clip_once(clip_path, tmp_path):
+    records = [record_of(clip_path, 0.1 * n) for n in range(10)] + [record_of(tmp_path / "missing.mp4")]
+    pool = DecodePool(DecodeOptions(GEOMETRY, 60, 100), num_workers=2, prefetch=2)
+    decoded = list(pool.decode(records))
+    assert sorted(d.record.clip_id for d in decoded) == sorted(r.clip_id for r in records)
+    assert [d.failure.reason for d in decoded if d.failure] == ["missing"]
+
+
+def test_pool_raises_what_goes_wrong_in_its_threads():
+    def records():
+        raise OSError("the work list is gone")
+        yield
+
+    pool = DecodePool(DecodeOptions(GEOMETRY, 60, 100), num_workers=1, prefetch=1)
+    with pytest.raises(OSError, match="work list"):
+        list(pool.decode(records()))
