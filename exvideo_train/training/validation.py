@@ -184,6 +184,9 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel(x_label)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
+        elif axes is not loss_axes:
+            hint = "no held-out clips longer than the base model's:\nset data.held_out_clips"
+            axes.text(0.5, 0.5, hint, ha="center", transform=axes.transAxes)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=100)
