@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -68,9 +69,7 @@ class TrainingEngine:
         os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
         import deepspeed
 
-        # A collective for inference on CPUs, compiled at start: training never calls it, not every machine has a
-        # compiler, and a build that is killed leaves a lock on which all later runs wait for ever.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _keep_quiet(deepspeed)
         optim = config.optim
         self.trainable = dict(trainable)
         self.mesh = mesh
@@ -238,6 +237,15 @@ class TrainingEngine:
                 with zero.GatheredParameters(parameters, modifier_rank=0):
                     _copy_into(parameters, kept)
             self.module.train()
+
+
+def _keep_quiet(deepspeed: Any) -> None:
+    """Nothing compiled at start, no warnings about what only DeepSpeed can change."""
+    # DeepSpeed tries every compiler of the machine at start and, on CPUs, builds a collective for inference: training
+    # never calls it, not every machine has a compiler, and a build that is killed leaves a lock on which all later
+    # runs wait for ever.
+    deepspeed.ops.__compatible_ops__ = {}
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
 def _copy_into(parameters: list[nn.Parameter], values: list[Tensor]) -> None:

@@ -5,7 +5,8 @@
         exp_avg.safetensors         AdamW's moments, same names
         exp_avg_sq.safetensors
         ema.safetensors             if a moving average is kept
-        state.json                  step, data position, counters, config, sha256 of each file
+        metrics.jsonl               the run's records up to here
+        state.json                  step, data position, counters, config, sha256 of each file and of these values
 
 A folder appears under its name only when it is whole: it is written under a hidden name, flushed, then renamed. No
 random state is stored because none lives across steps: noise, timesteps and caption dropout are functions of seed and
@@ -14,6 +15,7 @@ sample position, LoRA dropout of seed and step.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -32,6 +34,7 @@ from exvideo_train.files import sha256_file
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
+METRICS_FILE = "metrics.jsonl"
 Log = Callable[[str], None]
 
 
@@ -103,14 +106,20 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 "resume with the version that wrote it"
             )
         state = TrainingState(**content["state"])
+        if content["state_sha256"] != _state_digest(state):
+            raise CorruptCheckpoint(f"{path / STATE_FILE} differs from its checksum")
         for name, digest in content["sha256"].items():
             if sha256_file(path / name) != digest:
                 raise CorruptCheckpoint(f"{path / name} differs from its checksum")
-            with safe_open(path / name, framework="pt"):
-                pass
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise CorruptCheckpoint(f"{path} is not a whole checkpoint ({error})") from error
     return Checkpoint(path, state)
+
+
+def _state_digest(state: TrainingState) -> str:
+    return hashlib.sha256(json.dumps(asdict(state), sort_keys=True).encode()).hexdigest()
 
 
 def newest_valid_checkpoint(run_dir: Path, log: Log) -> Checkpoint | None:
@@ -156,6 +165,20 @@ def find_checkpoint(run_dir: Path, resume: str, log: Log) -> Checkpoint | None:
     return load_checkpoint(path)
 
 
+def set_aside_later_checkpoints(run_dir: Path, step: int, log: Log) -> None:
+    """Rename checkpoints of steps after ``step``, where the run goes on from.
+
+    They are damaged, or of the course that a resume from an earlier checkpoint leaves; under their names they would
+    be the newest, and what this run writes would be pruned as old.
+    """
+    for path in list_checkpoints(run_dir):
+        if int(path.name.removeprefix("step_")) > step:
+            aside = path.with_name(f"superseded_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log(f"the run goes on from step {step}: {path.name} is kept as {aside.name}; delete it when not needed")
+
+
 class CheckpointWriter:
     """Writes checkpoints in the background, one at a time; lives on rank 0.
 
@@ -197,6 +220,8 @@ class CheckpointWriter:
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
+            if not isinstance(error, (OSError, SafetensorError)):
+                raise error
             message = f"checkpoint not written: {error}; the previous one stays valid"
             if raise_error:
                 raise UserError(message) from error
@@ -206,7 +231,7 @@ class CheckpointWriter:
         try:
             write_checkpoint(step_folder(self.run_dir, state.step), state, tensors)
             self._prune()
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # noqa: BLE001 (it is the main thread's to handle)
             self._error = error
 
     def _prune(self) -> None:
@@ -221,7 +246,9 @@ class CheckpointWriter:
 
 
 def write_checkpoint(path: Path, state: TrainingState, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write a checkpoint folder whole or not at all; an existing one of the same name is replaced.
+    """Write a checkpoint folder whole or not at all; a valid one of the same state is left as it is.
+
+    The run's metrics.jsonl, two folders up, goes into it.
 
     Raises:
         OSError, SafetensorError: the disk is full or not writable; nothing is left behind.
@@ -229,6 +256,8 @@ def write_checkpoint(path: Path, state: TrainingState, tensors: Mapping[str, Map
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(".step_*"):
         shutil.rmtree(stale, ignore_errors=True)
+    if path.exists() and _holds(path, state):
+        return
     temporary = path.parent / f".{path.name}.writing"
     try:
         temporary.mkdir()
@@ -238,7 +267,17 @@ def write_checkpoint(path: Path, state: TrainingState, tensors: Mapping[str, Map
             save_file(dict(named), file)
             _flush(file)
             digests[file.name] = sha256_file(file)
-        content = {"format_version": FORMAT_VERSION, "state": asdict(state), "sha256": digests}
+        metrics = path.parent.parent / METRICS_FILE
+        if metrics.exists():
+            shutil.copyfile(metrics, temporary / METRICS_FILE)
+            _flush(temporary / METRICS_FILE)
+            digests[METRICS_FILE] = sha256_file(temporary / METRICS_FILE)
+        content = {
+            "format_version": FORMAT_VERSION,
+            "state": asdict(state),
+            "state_sha256": _state_digest(state),
+            "sha256": digests,
+        }
         (temporary / STATE_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         _flush(temporary / STATE_FILE)
         _flush(temporary)
@@ -249,6 +288,13 @@ def write_checkpoint(path: Path, state: TrainingState, tensors: Mapping[str, Map
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(path.parent / f".{path.name}.deleting", ignore_errors=True)
+
+
+def _holds(path: Path, state: TrainingState) -> bool:
+    try:
+        return load_checkpoint(path).state == state
+    except UserError:
+        return False
 
 
 def _flush(path: Path) -> None:

@@ -6,12 +6,15 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 # EX_TEMPFAIL of sysexits.h: the same command later goes on.
 RESUME_STATUS = 75
 # A terminal sends Ctrl-C to every process and the launcher adds its own SIGTERM within moments: one request, not two.
 SAME_REQUEST_SECONDS = 2.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interruption:
@@ -28,7 +31,7 @@ class Interruption:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Interruption:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -59,3 +62,18 @@ class Interruption:
     @property
     def reason(self) -> str:
         return self._reason or "another rank was asked to stop"
+
+
+@contextmanager
+def stop_signals_ignored() -> Iterator[None]:
+    """Processes started inside never see a stop signal.
+
+    A terminal and the DeepSpeed launcher signal every process of a job. Readers of data that died of it would take
+    the rank with them before it has finished its step; they end with it instead.
+    """
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -14,8 +15,7 @@ from tqdm import tqdm
 
 from exvideo_train.config.experiment import LoggerConfig
 from exvideo_train.files import atomic_write_text
-
-METRICS_FILE = "metrics.jsonl"
+from exvideo_train.training.checkpoint import METRICS_FILE
 
 
 class RunLogger:
@@ -38,11 +38,16 @@ class RunLogger:
         self._tensorboard: Any = None
         self._started = time.monotonic()
 
-    def start(self, first_step: int, max_steps: int) -> None:
-        """Open the loggers; records of steps after ``first_step``, left by a run that was killed, are dropped."""
+    def start(self, first_step: int, max_steps: int, checkpoint: Path | None = None) -> None:
+        """Open the loggers; records of steps after ``first_step``, left by a run that was killed, are dropped.
+
+        A new run folder begins with the records of the ``checkpoint`` that it goes on from.
+        """
         if not self.is_main:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        if checkpoint is not None and (checkpoint / METRICS_FILE).exists() and not read_metrics(self.run_dir):
+            atomic_write_text(self.run_dir / METRICS_FILE, (checkpoint / METRICS_FILE).read_text())
         self._drop_records_after(first_step)
         self._started = time.monotonic()
         self._first_step, self._max_steps = first_step, max_steps
@@ -85,15 +90,25 @@ class RunLogger:
         """One JSONL record; numbers go to wandb and TensorBoard too, nested names joined by "/"."""
         if not self.is_main:
             return
-        line = json.dumps({"step": step, **values}, default=str)
-        with open(self.run_dir / METRICS_FILE, "a") as file:
-            file.write(line + "\n")
+        line = json.dumps(_json_values({"step": step, **values}), default=str)
+        self._append(self.run_dir / METRICS_FILE, line + "\n")
         numbers = dict(_numbers(values))
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
+
+    def _append(self, path: Path, line: str) -> None:
+        """A full disk costs the line, not the run."""
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a") as file:
+                file.write(line)
+        except OSError as error:
+            self.message(f"{path} not written: {error.strerror or error}")
+            if path.exists():
+                os.truncate(path, size)
 
     def step_line(self, step: int, values: Mapping[str, Any]) -> None:
         """The console's line of a training step: a moving bar on a terminal, a line with ETA in a log file."""
@@ -136,6 +151,15 @@ def _whole_lines(path: Path) -> list[str]:
     """Lines that ended before the process did: a kill can cut the last one."""
     text = path.read_text()
     return text[: text.rfind("\n") + 1].splitlines()
+
+
+def _json_values(value: Any) -> Any:
+    """Non-finite numbers as null: NaN is no JSON."""
+    if isinstance(value, Mapping):
+        return {str(name): _json_values(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_values(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -20,7 +20,7 @@ from exvideo_train.files import atomic_write_text
 from exvideo_train.latents.dataset import TrainingBatch
 from exvideo_train.latents.order import num_video_tokens
 from exvideo_train.parallel.mesh import init_mesh
-from exvideo_train.training.checkpoint import CheckpointWriter, TrainingState
+from exvideo_train.training.checkpoint import CheckpointWriter, TrainingState, set_aside_later_checkpoints
 from exvideo_train.training.interruption import RESUME_STATUS, Interruption
 from exvideo_train.training.job import Job, batches, num_trainable, plain_config, prepare
 from exvideo_train.training.learning_rate import learning_rate
@@ -87,20 +87,28 @@ class Trainer:
         """The whole run; returns the exit status."""
         if self.mesh.is_main:
             atomic_write_text(self.run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
-        self.logger.start(self.step, self.config.max_steps)
+            set_aside_later_checkpoints(self.run_dir, self.step, self.logger.message)
+        self.logger.start(self.step, self.config.max_steps, self.job.checkpoint.path if self.job.checkpoint else None)
+        self.mean_loss = self.mesh.gather(_mean_loss(self.run_dir) if self.mesh.is_main else None)[0]
+        self.watchdog.beat("counting FLOPs")
+        for geometry, _ in self.job.data.buckets:
+            self.job.flops_per_sample(geometry)
         self.data = batches(self.job, self.position)
         results: list[StepResult] = []
         if self.step == 0:
             self._validate()
+        self.meter.reset()
         while self.step < self.config.max_steps:
             results.append(self._train_step())
-            if self._is_due(self.config.logger.log_every_steps) or not results[-1].applied:
+            stop = self.mesh.any(self.interruption.requested)
+            save = stop or self._is_due(self.config.checkpoint.every_steps)
+            # Before a checkpoint too, so that no record covers steps of both sides of a resume.
+            if self._is_due(self.config.logger.log_every_steps) or not results[-1].applied or save:
                 self._log(results)
                 results = []
             if self._is_due(self.config.validation.every_steps):
                 self._validate()
-            stop = self.mesh.any(self.interruption.requested)
-            if stop or self._is_due(self.config.checkpoint.every_steps):
+            if save:
                 self._save(wait=stop)
             if stop:
                 self.logger.message(
@@ -146,7 +154,11 @@ class Trainer:
 
     def _next_batch(self) -> TrainingBatch:
         """The next micro-batch on the device; counts it for position, meter and corrupt clips."""
-        batch = next(self.data)
+        try:
+            batch = next(self.data)
+        except UserError as error:
+            # A worker process wraps its message into a traceback.
+            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from error
         self.corrupt_clips.update(batch.replaced)
         if len(self.corrupt_clips) > self.config.data.max_corrupt_clips:
             raise UserError(
@@ -200,6 +212,8 @@ class Trainer:
         self.logger.record(self.step, values)
         self.logger.step_line(self.step, values)
         if self.skipped_in_a_row > self.config.safety.max_nonfinite_steps:
+            if not self.mesh.is_main:
+                raise SystemExit(2)
             raise UserError(
                 f"{self.skipped_in_a_row} updates in a row had a non-finite gradient (clips above and in "
                 f"metrics.jsonl); the weights are those of the last good update and the last checkpoint is intact. "
@@ -213,7 +227,7 @@ class Trainer:
         factor = self.config.safety.loss_spike_factor
         spike = self.mean_loss is not None and math.isfinite(loss) and loss > factor * self.mean_loss
         if math.isfinite(loss):
-            self.mean_loss = loss if self.mean_loss is None else 0.98 * self.mean_loss + 0.02 * loss
+            self.mean_loss = _smoothed(self.mean_loss, loss)
         if not skipped and not spike:
             return []
         own = [(i, float(x)) for r in results for ids, losses in r.per_sample for i, x in zip(ids, losses, strict=True)]
@@ -237,8 +251,14 @@ class Trainer:
             gap = "" if result.extension_gap is None else f", extension gap {result.extension_gap:.4f}"
             self.logger.message(f"step {self.step}: {name.replace('_', ', ')}: loss {result.loss:.4f}{gap}")
         self.logger.record(self.step, record)
+        self._draw_curves()
+
+    def _draw_curves(self) -> None:
         if self.mesh.is_main:
-            draw_curves(read_metrics(self.run_dir), self.run_dir / "curves.png")
+            try:
+                draw_curves(read_metrics(self.run_dir), self.run_dir / "curves.png")
+            except OSError as error:
+                self.logger.message(f"curves.png not written: {error}")
 
     def _state(self) -> TrainingState:
         return TrainingState(self.step, self.position, self.num_updates, self.num_skipped, plain_config(self.config))
@@ -273,8 +293,7 @@ class Trainer:
                 self._export(self.run_dir / EMA_ADAPTER_FILE, tensors["ema"], "ema")
             self.writer.finish(raise_error=True)
             self.samples.finish()
-            if read_metrics(self.run_dir):
-                draw_curves(read_metrics(self.run_dir), self.run_dir / "curves.png")
+        self._draw_curves()
         self.logger.message(f"finished {self.step} steps; adapter: {self.run_dir / ADAPTER_FILE}")
         self.logger.close()
 
@@ -300,3 +319,16 @@ class Trainer:
             f"{samples}; {len(data.held_out)} held out",
             f"{start} to {self.config.max_steps} in {self.run_dir}",
         ]
+
+
+def _smoothed(mean: float | None, loss: float) -> float:
+    return loss if mean is None else 0.98 * mean + 0.02 * loss
+
+
+def _mean_loss(run_dir: Path) -> float | None:
+    """The running mean that spikes are measured by, from the records of the steps so far."""
+    mean = None
+    for record in read_metrics(run_dir):
+        if record.get("loss") is not None:
+            mean = _smoothed(mean, record["loss"])
+    return mean

@@ -54,9 +54,10 @@ class StepMeter:
         self.world_size = world_size
         self.sequence_size = sequence_size
         self.peak_flops = peak_flops
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Forget what was measured: the next reading begins here."""
         self._started = time.perf_counter()
         self._host_seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -113,7 +114,7 @@ class StepMeter:
             peak_allocated_gib=allocated,
             peak_reserved_gib=reserved,
         )
-        self._reset()
+        self.reset()
         return speed
 
 

@@ -1,0 +1,61 @@
+"""Latent stores with random content: what encoding would have written, in milliseconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from exvideo_train.geometry import Geometry
+from exvideo_train.latents.fingerprint import model_fingerprint, read_scaling_factor
+from exvideo_train.latents.store import LatentStore
+
+SHORT = Geometry(17, 64, 96, 8.0)
+BASE = Geometry(49, 64, 96, 8.0)
+LONG = Geometry(57, 64, 96, 8.0)
+
+
+def clip_ids(number: int, first: int = 0) -> list[str]:
+    return [f"{index:020x}" for index in range(first, first + number)]
+
+
+def write_store(
+    folder: Path,
+    model: Path,
+    clips: Mapping[Geometry, Sequence[str]],
+    *,
+    nan_clips: Sequence[str] = (),
+) -> LatentStore:
+    """Write random moments and embeddings of the model's sizes; equal arguments give equal bytes.
+
+    Args:
+        clips: ids by geometry.
+        nan_clips: ids whose latents hold a NaN, as a faulty encoder might have written them.
+    """
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    store = LatentStore.create(folder, read_scaling_factor(model))
+    generator = torch.Generator().manual_seed(0)
+    length, channels = config["max_text_seq_length"], config["text_embed_dim"]
+    entries = []
+    for geometry, ids in clips.items():
+        store.add_geometry(model_fingerprint(model, geometry, vae_dtype="bf16", text_dtype="bf16", tiling=False))
+        for clip_id in ids:
+            shape = (geometry.num_latent_frames, geometry.latent_height, geometry.latent_width)
+            mean = torch.randn(config["in_channels"], *shape, generator=generator)
+            if clip_id in nan_clips:
+                mean[0, 0, 0, 0] = torch.nan
+            log_variance = torch.randn(config["in_channels"], *shape, generator=generator) - 4
+            entries.append(
+                store.write_clip(
+                    clip_id,
+                    geometry,
+                    moments_CTHW=torch.cat([mean, log_variance]).bfloat16(),
+                    text_LC=torch.randn(length, channels, generator=generator).bfloat16(),
+                    caption=f"clip {clip_id}",
+                )
+            )
+    store.write_empty_prompt(torch.randn(length, channels, generator=generator).bfloat16())
+    store.write_index(entries)
+    return store
