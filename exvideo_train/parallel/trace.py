@@ -62,7 +62,8 @@ class Work:
         config: the backbone's config, of ``family``'s config class.
         lora: the trained updates; None trains the whole backbone instead (to show what freezing saves).
         recompute: the policy of activation checkpointing.
-        compute_dtype: of the frozen weights and of autocast; float32 runs without autocast.
+        compute_dtype: of autocast; float32 runs without it.
+        weights_dtype: of the backbone's weights.
         sequence_size: ranks that share the sample; the trace is of the first rank, which has the longest slice.
     """
 
@@ -73,6 +74,7 @@ class Work:
     recompute: Recompute
     batch_size: int = 1
     compute_dtype: torch.dtype = torch.bfloat16
+    weights_dtype: torch.dtype = torch.bfloat16
     kernel: TracedKernel = TracedKernel.fused
     sequence_size: int = 1
 
@@ -87,6 +89,7 @@ class StepTrace:
         attention_forward_flops: part of both that is attention kernels run forward, recomputed ones included.
         attention_backward_flops: part of backward_flops that is attention kernels run backward.
         moved_bytes: read and written by all operators but products and views: what takes time without FLOPs.
+        sequence_wire_bytes: sent by this rank to the others that share its sample.
         forward_peak_bytes: most bytes alive during the forward pass.
         kept_bytes: alive between forward and backward: the batch and what the backward pass needs.
         backward_peak_bytes: most bytes alive during the backward pass, without parameter gradients.
@@ -97,6 +100,7 @@ class StepTrace:
     attention_forward_flops: int
     attention_backward_flops: int
     moved_bytes: int
+    sequence_wire_bytes: int
     forward_peak_bytes: int
     kept_bytes: int
     backward_peak_bytes: int
@@ -124,7 +128,7 @@ def trace_blocks(work: Work, num_blocks: int) -> StepTrace:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.device("meta"):
-        model = work.family.build(work.config).to(work.compute_dtype)
+        model = work.family.build(work.config).to(work.weights_dtype)
     del model.blocks[num_blocks:]  # type: ignore[operator, union-attr]
     if work.lora is not None:
         apply_lora(model, work.lora, seed=0)
@@ -206,6 +210,7 @@ def _run(model: nn.Module, work: Work) -> StepTrace:
         attention_forward_flops=meter.attention_forward_flops,
         attention_backward_flops=meter.attention_backward_flops,
         moved_bytes=meter.moved_bytes,
+        sequence_wire_bytes=meter.sent_bytes * (work.sequence_size - 1) // work.sequence_size,
         forward_peak_bytes=forward_peak_bytes,
         kept_bytes=kept_bytes,
         backward_peak_bytes=meter.peak_bytes,
@@ -221,6 +226,7 @@ class StepMeter(TorchDispatchMode):
     Attributes:
         flops: of all operators so far; two parts of it are counted apart.
         moved_bytes: read and written by operators that are neither products nor views.
+        sent_bytes: given to collectives: by all-to-all the input, by all-gather the input once for every rank.
         live_bytes: of the tensors alive now.
         peak_bytes: most alive at once since it was last set.
     """
@@ -231,6 +237,7 @@ class StepMeter(TorchDispatchMode):
         self.attention_forward_flops = 0
         self.attention_backward_flops = 0
         self.moved_bytes = 0
+        self.sent_bytes = 0
         self.live_bytes = 0
         self.peak_bytes = 0
         self._seen: dict[int, Any] = {}
@@ -248,6 +255,10 @@ class StepMeter(TorchDispatchMode):
 
     def _count_work(self, func: Any, args: Any, kwargs: Any, output: Any, tensors: list[Tensor]) -> None:
         formula = flop_registry.get(func.overloadpacket)
+        if func.namespace == "c10d":
+            # Both collectives in use take (outputs, inputs, ...), and the outputs are as large as what is sent in all.
+            self.sent_bytes += sum(_size_bytes(tensor) for tensor in tree_leaves(args[0]))
+            return
         if formula is None:
             if not func.is_view and func.overloadpacket not in NO_WORK:
                 self.moved_bytes += sum(_size_bytes(tensor) for tensor in tensors)

@@ -131,7 +131,7 @@ def test_ranks_of_a_sequence_group_share_flops_and_memory() -> None:
     geometry = Geometry(49, 64, 64, 8)
     work = Work(FAMILY, small_config(True, 3), lora_settings(LoraConfig(4, 4)), geometry, Recompute.none)
     whole, half = trace_step(work), trace_step(dataclasses.replace(work, sequence_size=2))
-    assert half.forward_flops / whole.forward_flops == pytest.approx(0.5, abs=0.01)
+    assert half.forward_flops / whole.forward_flops == pytest.approx(0.5, abs=0.02)
     assert half.kept_bytes / whole.kept_bytes == pytest.approx(0.5, abs=0.1)
 
 
@@ -155,7 +155,17 @@ def test_meter_of_a_step_sees_what_is_freed() -> None:
 def test_memory_of_a_trace_is_that_of_the_same_step_on_real_tensors(recompute: Recompute) -> None:
     """Live and peak bytes of a real fp32 CPU step, to the little that CPU kernels save differently."""
     config, lora, geometry = small_config(True), LoraConfig(4, 4), Geometry(49, 64, 64, 8)
-    traced = trace_step(Work(FAMILY, config, lora_settings(lora), geometry, recompute, compute_dtype=torch.float32))
+    traced = trace_step(
+        Work(
+            FAMILY,
+            config,
+            lora_settings(lora),
+            geometry,
+            recompute,
+            compute_dtype=torch.float32,
+            weights_dtype=torch.float32,
+        )
+    )
     model = apply_lora(FAMILY.build(config), lora_settings(lora), seed=0)
     model.train()
     runner = block_runner(recompute, has_dropout=False)
