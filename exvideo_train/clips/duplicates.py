@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 HASH_BITS = 192
-# A band that more clips share than this says little (plain pictures); each is then compared with the first ones only.
-_LARGEST_GROUP = 2000
+# In a band that more clips share than this (plain pictures), one found to be a duplicate is not compared further:
+# pairs would grow with the square of the group.
+_LARGE_GROUP = 64
 # Ones in each byte value; numpy has an own function for it only from version 2 on.
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)
 
@@ -58,9 +59,9 @@ def _pairs_of_band(band: np.ndarray, hashes: np.ndarray, max_distance: int) -> n
     found = [np.empty((0, 2), np.int64)]
     for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
         members = np.sort(order[start : start + size])
-        for place, first in enumerate(members[:_LARGEST_GROUP]):
-            later = members[place + 1 :]
-            distances = _ONES[hashes[later] ^ hashes[first]].sum(axis=1)
-            near = later[distances <= max_distance]
-            found.append(np.stack([np.full(len(near), first), near], axis=1))
+        while len(members) > 1:
+            first, later = members[0], members[1:]
+            near = _ONES[hashes[later] ^ hashes[first]].sum(axis=1) <= max_distance
+            found.append(np.stack([np.full(int(near.sum()), first), later[near]], axis=1))
+            members = later[~near] if size > _LARGE_GROUP else later
     return np.concatenate(found)

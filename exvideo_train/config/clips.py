@@ -78,9 +78,9 @@ class FilterThresholds:
     max_cuts: int = 0
     """Scene cuts allowed inside the frames used: a cut in a clip teaches the model to cut."""
     cut_threshold: float = 3.0
-    """PySceneDetect's adaptive threshold: how far a frame's change must exceed that of its neighbours."""
+    """How many times a cut's change exceeds that of the frames around it."""
     min_cut_content: float = 15.0
-    """PySceneDetect's least absolute change of a cut, 0..255."""
+    """Least mean change of a cut in levels 0..255."""
     min_motion: float = 1.5
     """Least mean change between frames a half second apart, in grey levels 0..255; stills with noise are near 1."""
     max_frozen_share: float = 0.3

@@ -98,7 +98,7 @@ def parse_timestamp(text: object) -> float:
         match = _TIMESTAMP.fullmatch(text.strip())
         if match:
             hours, minutes, seconds = match.groups()
-            return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds.replace(",", "."))
+            return round(int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds.replace(",", ".")), 6)
         try:
             return float(text)
         except ValueError:
