@@ -20,7 +20,8 @@ setup: $(STAMP)
 # Never without the constraints: a bare range of torch takes whatever build is newest.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
+	@echo "installing the versions of constraints.txt into $(VENV), once; this takes minutes"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
 	@touch $@
 
 demo: $(STAMP)
