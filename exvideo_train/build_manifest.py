@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exvideo_train.clips.manifest import BuildOptions, build_manifest, dropped_path, working_folder
+from exvideo_train.clips.manifest import (
+    BuildOptions,
+    build_manifest,
+    clear_working_folder,
+    dropped_path,
+    working_folder,
+)
 from exvideo_train.clips.sources.base import Source, videos_folder
 from exvideo_train.clips.sources.folder import CaptionedFolder, CaptionTable
 from exvideo_train.clips.sources.internvid import InternVid
@@ -34,8 +40,12 @@ def run(config: BuildManifest) -> None:
         raise UserError(f"timeout_seconds={config.timeout_seconds}: must be positive")
     if config.num_workers < 0:
         raise UserError(f"num_workers={config.num_workers}: must be 0 (one a core) or more")
-    source = make_source(config, manifest)
-    report = build_manifest(source, manifest, BuildOptions(config.probe, config.num_workers, config.timeout_seconds))
+    options = BuildOptions(config.probe, config.num_workers, config.timeout_seconds)
+    try:
+        report = build_manifest(make_source(config, manifest), manifest, options)
+    except UserError:
+        clear_working_folder(manifest)
+        raise
     print("\n".join(report.lines()))
     print(f"manifest: {manifest}\ndropped:  {dropped_path(manifest)}")
 

@@ -32,6 +32,7 @@ from exvideo_train.files import atomic_write
 DUPLICATE = "duplicate"
 # Sorting key and content of a line in a run; both are free of control characters.
 _SEPARATOR = "\x01"
+_PROBES = "probes.sqlite"
 _PARSE_TIMEOUT_SECONDS = 3600.0
 # How far a span's end may lie beyond the last frame, and a cut video's length from the span's.
 _SPAN_TOLERANCE_SECONDS = 1.0
@@ -74,6 +75,20 @@ def working_folder(manifest: Path) -> Path:
     return manifest.with_name(f".{manifest.name}.building")
 
 
+def clear_working_folder(manifest: Path) -> None:
+    """Remove a manifest's temporary files, all but the journal of probes, which the next attempt goes on from."""
+    folder = working_folder(manifest)
+    if not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != _PROBES:
+            entry.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def build_manifest(source: Source, manifest: Path, options: BuildOptions) -> ManifestReport:
     """Write the manifest of a data set and the list of its drops; both appear whole or not at all.
 
@@ -104,7 +119,7 @@ def build_manifest(source: Source, manifest: Path, options: BuildOptions) -> Man
     with open(late_drops, "w", encoding="utf-8") as late:
         lines = _without_duplicates(clips, report, late)
         if options.probe:
-            lines = _probed(lines, source.may_be_cut, folder / "probes.sqlite", options, report, late)
+            lines = _probed(lines, source.may_be_cut, folder / _PROBES, options, report, late)
         bar = tqdm(lines, "writing clips", num_rows, unit="clip", unit_scale=True, disable=not options.progress)
         atomic_write(manifest, partial(_write_clips, lines=bar, report=report))
     atomic_write(
