@@ -127,7 +127,8 @@ class DataConfig:
     max_corrupt_clips: int = 100
     """Corrupt latent files that are replaced by the next clip before the run stops."""
     held_out_clips: int = 0
-    """Clips never trained on, the same for every run over the store: they are the validation set."""
+    """Clips never trained on, the same for every run over the store: they are the validation set. At most a quarter
+    of the store."""
 
 
 @dataclass

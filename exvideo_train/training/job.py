@@ -38,6 +38,8 @@ from exvideo_train.training.validation import Validator
 Log = Callable[[str], None]
 # What training reads of a published model; T5 and VAE did their work offline.
 TRAINING_PARTS = ("transformer", "scheduler")
+# At most a quarter of a small store is held out, so that the experiments' defaults serve a handful of clips too.
+LEAST_CLIPS_PER_HELD_OUT = 4
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def check_options(config: Train) -> None:
     _ = config.geometry
 
 
-def open_data(config: Train, mesh: Mesh, model_path: Path) -> Data:
+def open_data(config: Train, mesh: Mesh, model_path: Path, log: Log) -> Data:
     """Open the store, check that it fits, and divide its clips.
 
     Raises:
@@ -142,7 +144,13 @@ def open_data(config: Train, mesh: Mesh, model_path: Path) -> Data:
             store.require(model_fingerprint(model_path, geometry))
     ids = {geometry: store.clip_ids(geometry) for geometry in geometries}
     everything = sorted({clip_id for clip_ids in ids.values() for clip_id in clip_ids})
-    training, held_out = split_held_out(everything, config.data.held_out_clips)
+    num_held_out = min(config.data.held_out_clips, len(everything) // LEAST_CLIPS_PER_HELD_OUT)
+    if num_held_out < config.data.held_out_clips and mesh.is_main:
+        log(
+            f"data.held_out_clips={config.data.held_out_clips}: the store has {len(everything)} clips, "
+            f"of which a quarter at most is held out: {num_held_out}"
+        )
+    training, held_out = split_held_out(everything, num_held_out)
     kept = set(training)
     buckets = [(geometry, [i for i in clip_ids if i in kept]) for geometry, clip_ids in ids.items()]
     buckets = [(geometry, clip_ids) for geometry, clip_ids in buckets if clip_ids]
@@ -167,7 +175,7 @@ def prepare(config: Train, mesh: Mesh, log: Log, beat: Callable[[str], None]) ->
     mesh.main_first(lambda: check_options(config))
     model_path = mesh.main_first(lambda: resolve_model_path(config.model.path, config.model.revision, TRAINING_PARTS))
     beat("opening data")
-    data = mesh.main_first(lambda: open_data(config, mesh, model_path))
+    data = mesh.main_first(lambda: open_data(config, mesh, model_path, log))
     schedule = NoiseSchedule.from_model(model_path).to(mesh.device)
     checkpoint = mesh.main_first(lambda: find_checkpoint(Path(config.run_dir), config.resume, log))
     if checkpoint is not None:
