@@ -87,8 +87,8 @@ class Forecast:
         return micro_steps * (self.trace.forward_flops + self.trace.backward_flops)
 
     @property
-    def mfu(self) -> float:
-        """Share of the device's peak that the estimated time means."""
+    def share_of_peak(self) -> float:
+        """Of the device's FLOP/s, in the estimated time; recomputation counts as work."""
         return self.flops_per_step / self.time.total / self.device.peak_flops
 
     @property

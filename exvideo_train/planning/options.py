@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +21,19 @@ SHORTER_FRAMES = (193, 161, 129, 97, 81, 65, 49)
 LARGER_DEVICES = (DeviceKind.a100_40gb, DeviceKind.a100_80gb, DeviceKind.h200)
 
 Change = tuple[str, Any]
+Changes = tuple[Change, ...]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One or two options changed, and what comes of it.
+    """One or more options changed, and what comes of it.
 
     Attributes:
-        same_result: whether training yields the same adapter but for rounding.
+        same_adapter: whether training yields the same adapter but for rounding.
     """
 
-    changes: tuple[Change, ...]
-    same_result: bool
+    changes: Changes
+    same_adapter: bool
     forecast: Forecast
 
     @property
@@ -50,37 +51,42 @@ def _shown(value: Any) -> str:
 def ways_to_fit(config: Plan, model: Model) -> list[Option]:
     """Changes after which the experiment fits, cheapest first.
 
-    Those that leave the result as it is come first, in the order of GPU seconds a sample; then those that change
-    what is trained or the hardware.
+    First those that yield the same adapter on the same GPUs, in the order of GPU seconds a sample; then larger GPUs,
+    the smallest first; then those that change what is trained, the least first.
     """
-    exact = [(change,) for change in _exact_changes(config, model)]
-    found = _fitting(config, model, exact, same_result=True)
+    exact = list(_exact_changes(config))
+    found = _fitting(config, model, exact, same_adapter=True)
     if not found:
-        pairs = [pair for pair in itertools.combinations((c for (c,) in exact), 2) if pair[0][0] != pair[1][0]]
-        found = _fitting(config, model, pairs, same_result=True)
-    other: list[tuple[Change, ...]] = [(change,) for change in _other_changes(config)]
-    return [*found[:MAX_OPTIONS], *_fitting(config, model, other, same_result=False)[:MAX_OPTIONS]]
+        pairs = [a + b for a, b in itertools.combinations(exact, 2) if a[0][0] != b[0][0]]
+        found = _fitting(config, model, pairs, same_adapter=True)
+    found = sorted(found, key=_cost)[:MAX_OPTIONS]
+    found += _fitting(config, model, _larger_devices(config), same_adapter=True)
+    return found + _fitting(config, model, _changes_of_result(config), same_adapter=False)
 
 
 def ways_to_be_faster(config: Plan, model: Model, base: Forecast) -> list[Option]:
     """Recomputation policies that fit too and take fewer GPU seconds a sample, fastest first."""
-    changes: list[tuple[Change, ...]] = [
+    changes: list[Changes] = [
         (("memory.recompute", policy),) for policy in Recompute if policy is not config.memory.recompute
     ]
-    options = _fitting(config, model, changes, same_result=True)
-    return [option for option in options if option.forecast.gpu_seconds_per_sample < base.gpu_seconds_per_sample]
+    options = _fitting(config, model, changes, same_adapter=True)
+    return sorted((option for option in options if _cost(option) < base.gpu_seconds_per_sample), key=_cost)
 
 
-def _fitting(config: Plan, model: Model, choices: list[tuple[Change, ...]], same_result: bool) -> list[Option]:
+def _cost(option: Option) -> float:
+    return option.forecast.gpu_seconds_per_sample
+
+
+def _fitting(config: Plan, model: Model, choices: Iterable[Changes], same_adapter: bool) -> list[Option]:
     options = []
     for changes in choices:
         planned = _planned(config, model, changes)
         if planned is not None and planned.fits:
-            options.append(Option(changes, same_result, planned))
-    return sorted(options, key=lambda option: option.forecast.gpu_seconds_per_sample)
+            options.append(Option(changes, same_adapter, planned))
+    return options
 
 
-def _planned(config: Plan, model: Model, changes: tuple[Change, ...]) -> Forecast | None:
+def _planned(config: Plan, model: Model, changes: Changes) -> Forecast | None:
     """The forecast after changes; None where they do not go together."""
     try:
         return forecast(changed(config, changes), model)
@@ -88,7 +94,7 @@ def _planned(config: Plan, model: Model, changes: tuple[Change, ...]) -> Forecas
         return None
 
 
-def changed(config: Plan, changes: tuple[Change, ...]) -> Plan:
+def changed(config: Plan, changes: Changes) -> Plan:
     """A copy of the options with some of them set, by dotted name."""
     result = copy.deepcopy(config)
     for name, value in changes:
@@ -100,33 +106,38 @@ def changed(config: Plan, changes: tuple[Change, ...]) -> Plan:
     return result
 
 
-def _exact_changes(config: Plan, model: Model) -> Iterator[Change]:
-    memory = config.memory
+def _exact_changes(config: Plan) -> Iterator[Changes]:
+    memory, accumulation = config.memory, config.optim.accumulation_steps
     if memory.recompute is Recompute.none:
-        yield "memory.recompute", Recompute.keep_attention
+        yield (("memory.recompute", Recompute.keep_attention),)
     if memory.recompute is not Recompute.full:
-        yield "memory.recompute", Recompute.full
+        yield (("memory.recompute", Recompute.full),)
     if config.data.batch_size > 1:
-        yield "data.batch_size", 1
+        steps = accumulation * config.data.batch_size
+        yield ("data.batch_size", 1), ("optim.accumulation_steps", steps)
     for stage in (2, 3):
         if stage > memory.zero_stage:
-            yield "memory.zero_stage", stage
+            yield (("memory.zero_stage", stage),)
     if not memory.offload_optimizer:
-        yield "memory.offload_optimizer", True
+        yield (("memory.offload_optimizer", True),)
     for ranks in (2, 4, 8):
-        # More ranks than a sample has work for, or across nodes, would only be slower.
+        # More than a node's ranks would talk over the network; accumulation keeps the samples of a step.
         if config.parallel.sequence < ranks <= config.gpus_per_node:
-            yield "parallel.sequence", ranks
+            steps = accumulation * ranks // config.parallel.sequence
+            yield ("parallel.sequence", ranks), ("optim.accumulation_steps", steps)
 
 
-def _other_changes(config: Plan) -> Iterator[Change]:
+def _larger_devices(config: Plan) -> Iterator[Changes]:
     here = device_by_name(config.device.value)
     for kind in LARGER_DEVICES:
         if device_by_name(kind.value).memory_gib > here.memory_gib:
-            yield "device", kind
+            yield (("device", kind),)
+
+
+def _changes_of_result(config: Plan) -> Iterator[Changes]:
     for rank in (32, 16):
         if rank < config.lora.rank:
-            yield "lora.rank", rank
+            yield (("lora.rank", rank),)
     for frames in SHORTER_FRAMES:
-        if frames < config.num_frames:
-            yield "num_frames", frames
+        if frames < config.num_frames and not config.data.geometries:
+            yield (("num_frames", frames),)

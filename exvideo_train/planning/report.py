@@ -45,11 +45,11 @@ def _options_table(title: str, options: Sequence[Option]) -> list[str]:
             gib(option.forecast.memory.total),
             f"{option.forecast.time.total:,.1f}",
             f"{option.forecast.gpu_seconds_per_sample:,.1f}",
-            "same" if option.same_result else "changed",
+            "same" if option.same_adapter else "another",
         ]
         for option in options
     ]
-    return [title, table(["change", "GiB", "s/step", "GPU-s/sample", "result"], rows), ""]
+    return [title, table(["change", "GiB", "s/step", "GPU-s/sample", "adapter"], rows), ""]
 
 
 def text(
@@ -62,8 +62,8 @@ def text(
         f"{config.model.path}, {here.geometry.name}: {here.num_tokens:,} tokens a sample, "
         f"LoRA of {here.trained:,} parameters",
         f"{here.world_size} x {device.name} ({device.memory_gib} GiB each) = "
-        f"{here.world_size // here.sequence_size} data x {here.sequence_size} sequence, ZeRO-{config.memory.zero_stage}, "
-        f"recompute {config.memory.recompute.name}, {samples}",
+        f"{here.world_size // here.sequence_size} data x {here.sequence_size} sequence, "
+        f"ZeRO-{config.memory.zero_stage}, recompute {config.memory.recompute.name}, {samples}",
         "",
         table(
             [f"memory of one GPU in {MOMENTS[memory.moment]} (its worst moment)", "GiB"],
@@ -124,12 +124,21 @@ def _time_table(forecasts: Sequence[Forecast]) -> str:
                 *(f"{value:,.1f}" for value in (time.products, time.attention, time.elementwise)),
                 f"{time.communication + time.offload:,.1f}",
                 f"{time.total:,.1f}",
-                f"{planned.mfu:.0%}",
+                f"{planned.share_of_peak:.0%}",
                 f"{planned.run_hours / HOURS_PER_DAY:,.2f}",
                 "yes" if planned.fits else "no",
             ]
         )
-    header = ["seconds a step (estimated)", "products", "attention", "element-wise", "links", "total", "MFU", "days"]
+    header = [
+        "seconds a step (estimated)",
+        "products",
+        "attention",
+        "element-wise",
+        "links",
+        "total",
+        "of peak",
+        "days",
+    ]
     return table([*header, "fits"], rows)
 
 
@@ -186,7 +195,7 @@ def as_json(here: Forecast, others: Sequence[Forecast], on_disk: Disk, options: 
         "disk_bytes": asdict(on_disk),
         "devices": {planned.device.name: _forecast_json(planned) for planned in others},
         "options": [
-            {"change": option.text, "same_result": option.same_result, **_forecast_json(option.forecast)}
+            {"change": option.text, "same_adapter": option.same_adapter, **_forecast_json(option.forecast)}
             for option in options
         ],
     }
@@ -208,7 +217,7 @@ def _forecast_json(planned: Forecast) -> dict[str, Any]:
         },
         "trace": asdict(planned.trace),
         "step_seconds": {**asdict(planned.time), "total": planned.time.total},
-        "mfu": planned.mfu,
+        "share_of_peak": planned.share_of_peak,
         "samples_per_step": planned.samples_per_step,
         "run_hours": planned.run_hours,
         "gpu_hours": planned.gpu_hours,
