@@ -141,7 +141,8 @@ def write_report(report: Report, quarantine: Quarantine) -> Path:
 
 def totals_to_json(totals: list[Totals]) -> list[dict[str, Any]]:
     """Totals as JSON, for another machine to read."""
-    return [asdict(one) for one in totals]
+    # asdict would rebuild the Counter from its items, and so count them.
+    return [{**vars(one), "quarantined": dict(one.quarantined)} for one in totals]
 
 
 def totals_from_json(content: list[dict[str, Any]]) -> list[Totals]:

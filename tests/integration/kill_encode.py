@@ -22,7 +22,7 @@ def write_clips(folder: Path, num_clips: int) -> None:
     from exvideo_train.clips.record import ClipRecord, make_clip_id, write_manifest
 
     video = str(REPOSITORY / "examples" / "clips" / "bigbuckbunny.mp4")
-    starts = [round(0.1 * number, 3) for number in range(num_clips)]
+    starts = [round(0.05 * number, 3) for number in range(num_clips)]
     write_manifest(
         folder / "clips.jsonl",
         (

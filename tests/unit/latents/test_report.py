@@ -1,0 +1,39 @@
+import json
+from collections import Counter
+
+from exvideo_train.latents.encode_worker import Totals
+from exvideo_train.latents.plan import Plan
+from exvideo_train.latents.report import make_report, totals_from_json, totals_to_json
+
+
+def totals_of(num_encoded, loop_seconds, wait_seconds):
+    return Totals(
+        num_encoded=num_encoded,
+        num_bytes=100 * num_encoded,
+        decode_seconds=2.0 * num_encoded,
+        encode_seconds=3.0 * num_encoded,
+        wait_seconds=wait_seconds,
+        loop_seconds=loop_seconds,
+        quarantined=Counter(timeout=2),
+    )
+
+
+def test_totals_travel_between_machines():
+    totals = [totals_of(4, 20, 1), Totals()]
+    assert totals_from_json(json.loads(json.dumps(totals_to_json(totals)))) == totals
+
+
+def test_report_adds_up():
+    plan = Plan(pending=[None] * 20, num_clips=60, num_reused=30, num_held_back=Counter(missing=5), num_later=5)
+    totals = [totals_of(10, 50, 1), totals_of(4, 40, 2)]
+    report = make_report(plan, totals, 14, Counter(missing=5, timeout=4), 60, [])
+    assert report.remaining == 60 - 30 - 14 - 9
+    assert report.clips_per_second == 14 / 50
+    assert report.projected_seconds == 7 / (14 / 50)
+    assert report.wait_share == 3 / 90
+    assert report.decode_seconds_per_clip == 2.0
+    assert report.bytes_written == 1400
+    text = report.describe()
+    assert "quarantined  9" in text
+    assert "timeout              4" in text
+    assert "projected    25 s" in text
