@@ -51,6 +51,9 @@ def run(config: Train) -> int:
         mesh.barrier()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if status == 0:
+        # Alone: videos may take longer than ranks wait for one another.
+        trainer.samples.finish()
     return status
 
 
@@ -292,7 +295,6 @@ class Trainer:
             if "ema" in tensors:
                 self._export(self.run_dir / EMA_ADAPTER_FILE, tensors["ema"], "ema")
             self.writer.finish(raise_error=True)
-            self.samples.finish()
         self._draw_curves()
         self.logger.message(f"finished {self.step} steps; adapter: {self.run_dir / ADAPTER_FILE}")
         self.logger.close()

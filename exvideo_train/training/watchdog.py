@@ -23,6 +23,8 @@ import torch.distributed as dist
 # Not RESUME_STATUS: a job that hangs may hang again, so that requeueing it is for a person or a script to decide.
 WATCHDOG_STATUS = 74
 _PUBLISH_SECONDS = 1.0
+# Five messages that did not come.
+_SILENCE_SECONDS = 5.0
 
 
 class Watchdog:
@@ -39,7 +41,7 @@ class Watchdog:
         self.timeout_seconds = timeout_seconds
         self._count = 0
         self._phase = "start"
-        self._changed = time.monotonic()
+        self._started = self._changed = time.monotonic()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         # Another rank's last message and when it changed, by this rank's clock: clocks of machines differ.
@@ -55,6 +57,8 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leaving without an error, all ranks must have met at a barrier: rank 0 holds the store."""
+        if self._thread is not None and kind is not None and issubclass(kind, RuntimeError):
+            self._blame_silent_ranks(error)
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -68,7 +72,6 @@ class Watchdog:
     def _watch(self) -> None:
         store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store()).clone()  # type: ignore[attr-defined]
         store.set_timeout(timedelta(seconds=max(5.0, self.timeout_seconds / 4)))
-        started = time.monotonic()
         tick = 0
         while not self._stop.wait(min(_PUBLISH_SECONDS, self.timeout_seconds / 5)):
             tick += 1
@@ -81,19 +84,27 @@ class Watchdog:
                     return
                 reason = str(error).split("\n")[0]
                 self._end(f"rank 0 no longer answers (it holds the job's key-value store): {reason}")
-            now = time.monotonic()
-            dead = [
-                other
-                for other in range(self.world_size)
-                if other != self.rank and now - self._last_tick(other, started) > self.timeout_seconds
-            ]
-            if dead:
-                self._end(f"{_names(dead)} died: silent for {self.timeout_seconds:g} s")
-            if now - self._changed > self.timeout_seconds:
+            silent = self._silent_ranks(self.timeout_seconds)
+            if silent:
+                self._end(f"{_names(silent)} died: silent for {self.timeout_seconds:g} s")
+            if time.monotonic() - self._changed > self.timeout_seconds:
                 self._end(self._explain_hang())
 
-    def _last_tick(self, other: int, started: float) -> float:
-        return self._seen[other][1] if other in self._seen else started
+    def _silent_ranks(self, seconds: float) -> list[int]:
+        """Other ranks whose side thread has said nothing for so long: a hanging main thread does not silence it."""
+        now = time.monotonic()
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        return [rank for rank in others if now - self._seen.get(rank, ({}, self._started))[1] > seconds]
+
+    def _blame_silent_ranks(self, error: BaseException | None) -> None:
+        """A collective that fails most often means that another rank has died: wait until its silence shows."""
+        patience = min(_SILENCE_SECONDS, self.timeout_seconds)
+        deadline = time.monotonic() + 2 * patience
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            if silent := self._silent_ranks(patience):
+                reason = str(error).split("\n")[0]
+                self._end(f"{_names(silent)} died, seen here as: {reason}")
 
     def _read_others(self, store: Any) -> None:
         for other in range(self.world_size):
