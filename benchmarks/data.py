@@ -1,0 +1,359 @@
+"""What data preparation costs: reading frames, beside the shortest scripts for them, and building a manifest.
+
+    python benchmarks/data.py                     both parts, printed and written to benchmarks/results/data.json
+    python benchmarks/data.py --rows 100000       a smaller manifest
+    python benchmarks/data.py --only reader
+
+Reader: ours and the scripts take turns on the same clips in one process; each gives uint8 frames (129, 480, 720, 3),
+centre-cropped. decord and PyAV are always measured, torchcodec where it is installed. Manifest: Panda-70M metadata of
+--rows source videos, 19 of 20 of them downloaded, without probing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import psutil
+import torch
+
+from exvideo_train.clips.reader import read_frames
+from exvideo_train.clips.record import ClipRecord
+from exvideo_train.files import atomic_write_json
+from exvideo_train.geometry import Geometry
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+EXAMPLE = REPOSITORY / "examples" / "clips" / "bigbuckbunny.mp4"
+Script = Callable[[str, float, Geometry], np.ndarray]
+
+
+def ours(video: str, start: float, geometry: Geometry) -> np.ndarray:
+    return read_frames(ClipRecord("benchmark", "benchmark", video, start, None, ""), geometry).numpy()
+
+
+def with_decord(video: str, start: float, geometry: Geometry) -> np.ndarray:
+    import decord
+
+    height, width = decord.VideoReader(video, num_threads=1)[0].shape[:2]
+    scale = max(geometry.height / height, geometry.width / width)
+    height, width = round(height * scale), round(width * scale)
+    reader = decord.VideoReader(video, width=width, height=height)
+    begins = reader.get_frame_timestamp(range(len(reader)))[:, 0]
+    moments = start + np.arange(geometry.num_frames) / geometry.fps
+    frames = reader.get_batch(np.searchsorted(begins, moments + 1e-3) - 1).asnumpy()
+    return centre(frames, geometry)
+
+
+def with_pyav(video: str, start: float, geometry: Geometry) -> np.ndarray:
+    frames = np.empty((geometry.num_frames, geometry.height, geometry.width, 3), np.uint8)
+    with av.open(video) as container:
+        stream: Any = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        container.seek(int(start / stream.time_base), stream=stream)
+        scale = max(geometry.height / stream.height, geometry.width / stream.width)
+        height, width = round(stream.height * scale), round(stream.width * scale)
+        index = 0
+        shown: Any = None
+        for frame in container.decode(stream):
+            while index < len(frames) and frame.time > start + index / geometry.fps + 1e-3:
+                picture = shown.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+                frames[index] = centre(picture[None], geometry)[0]
+                index += 1
+            shown = frame
+            if index == len(frames):
+                break
+    return frames
+
+
+def with_torchcodec(video: str, start: float, geometry: Geometry) -> np.ndarray:
+    from torchcodec.decoders import VideoDecoder
+    from torchcodec.transforms import Resize
+
+    size = VideoDecoder(video).metadata
+    scale = max(geometry.height / size.height, geometry.width / size.width)
+    resize = Resize((round(size.height * scale), round(size.width * scale)))
+    decoder = VideoDecoder(video, dimension_order="NHWC", num_ffmpeg_threads=0, transforms=[resize])
+    moments = [start + index / geometry.fps for index in range(geometry.num_frames)]
+    return centre(decoder.get_frames_played_at(moments).data.numpy(), geometry)
+
+
+def centre(frames_FHWC: np.ndarray, geometry: Geometry) -> np.ndarray:
+    top = (frames_FHWC.shape[1] - geometry.height) // 2
+    left = (frames_FHWC.shape[2] - geometry.width) // 2
+    return frames_FHWC[:, top : top + geometry.height, left : left + geometry.width]
+
+
+def make_clips(folder: Path) -> list[tuple[str, Path, float, Geometry]]:
+    """(name, video, start, geometry) of what is read."""
+    at_8, at_25 = Geometry(129, 480, 720, 8), Geometry(129, 480, 720, 25)
+    long_clip = loop_packets(folder / "whole.mp4", 115)
+    return [
+        ("H.264 720p 25 fps, 129 frames at 25 fps", EXAMPLE, 0.0, at_25),
+        ("H.264 720p, 16 s from 290 s of 10 min, at 8 fps", long_clip, 290.0, at_8),
+        ("H.264 1080p 30 fps, 16 s at 8 fps", encode(folder / "h264.mp4", "libx264", {"preset": "fast"}), 0.0, at_8),
+        ("HEVC 1080p 30 fps, 16 s at 8 fps", encode(folder / "hevc.mp4", "libx265", {"preset": "veryfast"}), 0.0, at_8),
+        ("VP9 1080p 30 fps, 16 s at 8 fps", encode(folder / "vp9.webm", "libvpx-vp9", VP9), 0.0, at_8),
+        ("AV1 1080p 30 fps, 16 s at 8 fps", encode(folder / "av1.mp4", "libsvtav1", {"preset": "10"}), 0.0, at_8),
+    ]
+
+
+VP9 = {"deadline": "realtime", "cpu-used": "8", "row-mt": "1"}
+
+
+def loop_packets(path: Path, times: int) -> Path:
+    """The example many times over, its packets copied: a long video like those that data sets cut clips from."""
+    with av.open(str(path), "w") as target:
+        stream: Any = None
+        for number in range(times):
+            with av.open(str(EXAMPLE)) as source:
+                video: Any = source.streams.video[0]
+                stream = stream or target.add_stream_from_template(video)
+                step = int(Fraction(132, 25) / video.time_base)
+                for packet in source.demux(video):
+                    if packet.dts is not None and packet.pts is not None:
+                        packet.pts += number * step
+                        packet.dts += number * step
+                        packet.stream = stream
+                        target.mux(packet)
+    return path
+
+
+def encode(path: Path, codec: Any, options: dict[str, str]) -> Path:
+    """17 s of the example at 1920x1080 and 30 fps, back and forth."""
+    with av.open(str(EXAMPLE)) as source:
+        pictures = [frame.reformat(1920, 1080, "yuv420p") for frame in source.decode(video=0)]
+    if codec == "libx265":
+        options = {**options, "x265-params": "log-level=0"}
+    with av.open(str(path), "w") as target:
+        stream = target.add_stream(codec, rate=30, options=options)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 1920, 1080, "yuv420p", 4_000_000
+        for number, picture in enumerate(itertools.islice(itertools.cycle(pictures + pictures[::-1]), 510)):
+            picture.pts, picture.time_base = number, Fraction(1, 30)
+            target.mux(stream.encode(picture))
+        target.mux(stream.encode(None))
+    return path
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def measure_readers(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    scripts: dict[str, Script] = {"ours": ours, "PyAV": with_pyav, "decord": with_decord}
+    if has("torchcodec"):
+        scripts["torchcodec"] = with_torchcodec
+    rows = []
+    for name, video, start, geometry in make_clips(folder):
+        walls: dict[str, list[float]] = {script: [] for script in scripts}
+        cpus: dict[str, list[float]] = {script: [] for script in scripts}
+        differences: dict[str, float] = {}
+        reference = ours(str(video), start, geometry)
+        failures: dict[str, str] = {}
+        for script, function in itertools.chain.from_iterable([list(scripts.items())] * rounds):
+            if script in failures:
+                continue
+            began, began_cpu = time.perf_counter(), cpu_seconds()
+            try:
+                frames = function(str(video), start, geometry)
+            # A decoder that gives up on a clip is a result of this comparison.
+            except RuntimeError as error:
+                failures[script] = str(error).splitlines()[-1][-120:]
+                continue
+            walls[script].append(time.perf_counter() - began)
+            cpus[script].append(cpu_seconds() - began_cpu)
+            differences[script] = worst_frame(frames, reference)
+        row: dict[str, Any] = {"clip": name}
+        for script in scripts:
+            row[script] = (
+                {"failure": failures[script]}
+                if script in failures
+                else {
+                    "seconds": round(statistics.median(walls[script]), 3),
+                    "least_seconds": round(min(walls[script]), 3),
+                    "cpu_seconds": round(min(cpus[script]), 3),
+                    "worst_frame_difference": round(differences[script], 2),
+                }
+            )
+        others = [row[script] for script in scripts if script != "ours" and script not in failures]
+        for kind in ("least_seconds", "cpu_seconds"):
+            row[f"ours_over_fastest_{kind}"] = round(row["ours"][kind] / min(other[kind] for other in others), 3)
+        rows.append(row)
+        print(f"{name}: " + ", ".join(f"{script} {row[script]}" for script in scripts), flush=True)
+    return rows
+
+
+def worst_frame(frames: np.ndarray, reference: np.ndarray) -> float:
+    """Largest mean difference of a frame: rounding and chroma give 1 to 3, another frame of this clip 8 and more."""
+    pairs = zip(frames, reference, strict=True)
+    return max(float(np.abs(first.astype(np.int16) - second).mean()) for first, second in pairs)
+
+
+def has(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+WORDS = ["a", "person", "is", "cooking", "while", "someone's", "dog", "runs", "across", "the", "green", "field"]
+
+
+def write_panda70m(folder: Path, num_rows: int) -> int:
+    """Metadata as published, one to five clips a row, and an empty file for 19 of 20 videos; returns the clips."""
+    rng = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"
+    num_clips = 0
+    (folder / "videos").mkdir()
+    with open(folder / "M.csv", "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["videoID", "url", "timestamp", "caption", "matching_score"])
+        for row in range(num_rows):
+            video = "".join(rng.choices(letters, k=11))
+            moment, spans, captions = 0.0, [], []
+            for _ in range(rng.randint(1, 5)):
+                begin = moment + 5 * rng.random()
+                moment = begin + 3 + 15 * rng.random()
+                spans.append([stamp(begin), stamp(moment)])
+                captions.append(" ".join(rng.choices(WORDS, k=12)) + ".")
+            scores = [round(rng.random(), 4) for _ in spans]
+            url = f"https://www.youtube.com/watch?v={video}"
+            writer.writerow([video, url, str(spans), str(captions), str(scores)])
+            num_clips += len(spans)
+            if row % 20:
+                shard = folder / "videos" / f"{row // 10000:05d}"
+                shard.mkdir(exist_ok=True)
+                (shard / f"{video}.mp4").touch()
+    return num_clips
+
+
+def stamp(seconds: float) -> str:
+    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{seconds % 60:06.3f}"
+
+
+def measure_manifest(folder: Path, num_rows: int) -> dict[str, Any]:
+    num_clips = write_panda70m(folder, num_rows)
+    command = [sys.executable, str(REPOSITORY / "data_prep" / "build_manifest.py"), "source=panda70m", "probe=false"]
+    began = time.perf_counter()
+    process = subprocess.Popen([*command, "metadata=M.csv", "videos=videos", "manifest=clips.jsonl"], cwd=folder)
+    peak = PeakMemory(process.pid)
+    status = process.wait()
+    seconds = time.perf_counter() - began
+    assert status == 0
+    return {
+        "rows": num_rows,
+        "clips_in_metadata": num_clips,
+        "clips_in_manifest": sum(1 for _ in open(folder / "clips.jsonl", "rb")),
+        "metadata_mb": round((folder / "M.csv").stat().st_size / 1e6),
+        "seconds": round(seconds, 1),
+        "rows_per_second": round(num_rows / seconds),
+        "clips_per_second": round(num_clips / seconds),
+        "peak_memory_mib": round(peak.stop() / 2**20),
+    }
+
+
+class PeakMemory:
+    """Largest memory of a process and its children together, looked at ten times a second (PSS: shared pages once)."""
+
+    def __init__(self, process: int) -> None:
+        self._process = psutil.Process(process)
+        self._peak = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(0.1):
+            try:
+                family = [self._process, *self._process.children(recursive=True)]
+                self._peak = max(self._peak, sum(member.memory_full_info().pss for member in family))
+            except psutil.NoSuchProcess:
+                continue
+
+    def stop(self) -> int:
+        self._stopped.set()
+        self._thread.join()
+        return self._peak
+
+
+def machine() -> dict[str, str]:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    model = names[0].split(":")[1].strip() if names else platform.machine()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    packages = ["av", "decord2", "torchcodec", "torch", "numpy"]
+    return {
+        "cpu": f"{len(os.sched_getaffinity(0))} cores of {model}",
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in packages if has(package)},
+        "commit": commit,
+        "command": " ".join(["python", *(os.path.relpath(word) if "/" in word else word for word in sys.argv)]),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = ["; ".join(f"{name} {value}" for name, value in results["machine"].items()), ""]
+    if "reader" in results:
+        scripts = [name for name in ("ours", "PyAV", "decord", "torchcodec") if name in results["reader"][0]]
+        heads = ["clip", *scripts, "ours / fastest, wall", "ours / fastest, CPU"]
+        lines += ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+        for row in results["reader"]:
+            cells = [cell(row[script]) for script in scripts]
+            ratios = [f"{row['ours_over_fastest_least_seconds']:.2f}", f"{row['ours_over_fastest_cpu_seconds']:.2f}"]
+            lines.append("| " + " | ".join([row["clip"], *cells, *ratios]) + " |")
+        lines.append("")
+    if "manifest" in results:
+        values = results["manifest"]
+        lines += ["| " + " | ".join(values) + " |", "|" + "---:|" * len(values)]
+        lines.append("| " + " | ".join(f"{value:,}" for value in values.values()) + " |")
+    return "\n".join(lines)
+
+
+def cell(values: dict[str, Any]) -> str:
+    """Least wall and CPU seconds, and the largest difference of a frame from ours."""
+    if "failure" in values:
+        return "fails"
+    return f"{values['least_seconds']:.2f} s; CPU {values['cpu_seconds']:.2f} s; {values['worst_frame_difference']:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=["reader", "manifest"])
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results" / "data.json")
+    options = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    results: dict[str, Any] = {"machine": machine()}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if options.only != "manifest":
+            results["reader"] = measure_readers(folder, options.rounds)
+        if options.only != "reader":
+            results["manifest"] = measure_manifest(folder, options.rows)
+    atomic_write_json(options.output, results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
