@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 import exvideo_train.config
 from exvideo_train.config.experiment import Experiment
@@ -30,16 +31,6 @@ PUBLIC_OVERRIDES: dict[str, Any] = {
     "guidance_scale": 3.5,
     "num_inference_steps": 7,
     "scheduler": "dpm",
-}
-# What each command cannot run without.
-REQUIRED = {
-    "build_manifest": {"source": "internvid", "manifest": "clips.jsonl"},
-    "encode_latents": {"manifest": "clips.jsonl", "latents": "store"},
-    "evaluate": {},
-    "export": {"run_dir": "run", "adapter": "a.safetensors"},
-    "filter_clips": {"manifest": "clips.jsonl", "output": "kept.jsonl"},
-    "sample": {"output": "videos"},
-    "train": {"latents": "store", "run_dir": "run"},
 }
 
 
@@ -68,11 +59,17 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "exp").glob("*.yaml"))
 CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "exp")
 
 
+def required(command: str) -> dict[str, str]:
+    """The options that the command cannot run without, with a value each."""
+    kinds = {path: kind for path, kind, _ in walk_options(COMMANDS[command])}
+    names = OmegaConf.missing_keys(compose_config(command, [], COMMANDS[command]))
+    is_choice = {name: isinstance(kinds[name], type) and issubclass(kinds[name], Enum) for name in names}
+    return {name: next(iter(kinds[name])).name if is_choice[name] else "given" for name in sorted(names)}
+
+
 def composed(command: str, *overrides: str) -> Any:
-    given = [override.lstrip("+").split("=")[0] for override in overrides]
-    required = [f"{name}={value}" for name, value in REQUIRED.get(command, {}).items() if name not in given]
-    config_class = COMMANDS[command]
-    return to_dataclass(compose_config(command, [*required, *overrides], config_class), config_class)
+    given = [f"{name}={value}" for name, value in required(command).items()]
+    return to_dataclass(compose_config(command, [*given, *overrides], COMMANDS[command]), COMMANDS[command])
 
 
 def test_every_yaml_belongs_to_a_command():
@@ -120,6 +117,14 @@ def test_every_choice_composes_and_says_what_it_says(choice):
         assert (value.value if isinstance(value, Enum) else value) == expected, option
 
 
+def test_what_the_five_commands_require():
+    assert list(required("build_manifest")) == ["manifest", "source"]
+    assert list(required("encode_latents")) == ["latents", "manifest"]
+    assert list(required("train")) == ["latents", "run_dir"]
+    assert list(required("export")) == ["adapter", "run_dir"]
+    assert list(required("sample")) == ["output"]
+
+
 def test_published_experiment():
     config = composed("train", "+exp=129f")
     assert config.geometry.name == "129x480x720_8fps"
@@ -156,7 +161,7 @@ def test_help_shows_every_option(command):
         assert doc.split()[0] in text
     assert max(len(line) for line in text.splitlines()) < 300
     assert "Traceback" not in text
-    for name in REQUIRED.get(command, {}):
+    for name in required(command):
         assert f"\n  {name} = required" in text
 
 
