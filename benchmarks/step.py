@@ -1,0 +1,428 @@
+"""One training step, side by side: ours and what users run today (diffusers + PEFT + its gradient checkpointing).
+
+    python benchmarks/step.py                      full-size CogVideoX-5B on the first GPU, 49 and 129 frames of 480x720
+    python benchmarks/step.py device=cpu           a small model the same way
+    python benchmarks/step.py frames=49 repeats=20 output=benchmarks/results/step
+
+Both hold the same random weights (copied, made on the device), the same LoRA, bf16 frozen weights, fp32 LoRA, bf16
+autocast and torch's AdamW, and are checked to give the same loss and the same gradient norm before anything is timed.
+The compared runs take turns within one process; a table of medians goes to OUTPUT.md and all figures to OUTPUT.json.
+What runs out of memory is a row that says OOM. FLOPs are exact (exvideo_train.parallel.cost); TFLOP/s counts what is
+executed, recomputation included, MFU only what any implementation must compute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exvideo_train.adapters.lora import LoraSettings, apply_lora
+from exvideo_train.backbones.registry import FAMILIES
+from exvideo_train.config.experiment import LORA_TARGETS, AttentionKernel, LoraConfig, Recompute
+from exvideo_train.diffusion.objective import v_prediction_loss
+from exvideo_train.errors import UserError
+from exvideo_train.files import atomic_write_json, atomic_write_text
+from exvideo_train.geometry import Geometry
+from exvideo_train.parallel.activation_checkpointing import block_runner
+from exvideo_train.parallel.attention import choose_attention
+from exvideo_train.parallel.cost import StepFlops, training_flops_per_sample
+from exvideo_train.parallel.hardware import device_peak_flops
+from exvideo_train.parallel.trace import StepMeter
+
+GIB = 2**30
+DTYPE = torch.bfloat16
+DEFAULTS = {"device": "cuda", "frames": "49,129", "repeats": "", "output": "benchmarks/results/step", "model": "5b"}
+# On a CPU: the same layers, narrow and few, on small frames.
+SMALL = {"num_layers": 4, "num_attention_heads": 4, "text_embed_dim": 256, "time_embed_dim": 128}
+SMALL_SIZE, FULL_SIZE = (64, 96), (480, 720)
+SMALL_RANK, FULL_RANK = 8, 64
+
+
+@dataclasses.dataclass
+class Batch:
+    """What a step reads: noisy latents and target (B, T, C, H, W) in fp32, text (B, L, C), timesteps (B)."""
+
+    noisy_BTCHW: Tensor
+    target_BTCHW: Tensor
+    text_BLC: Tensor
+    timesteps_B: Tensor
+
+
+@dataclasses.dataclass
+class Row:
+    """One contestant at one length."""
+
+    frames: int
+    name: str
+    kernel: str = ""
+    step_seconds: list[float] = dataclasses.field(default_factory=list)
+    cpu_seconds: list[float] = dataclasses.field(default_factory=list)
+    peak_gib: float | None = None
+    flops: int = 0
+    necessary_flops: int = 0
+    failure: str = ""
+    reason: str = ""
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.step_seconds) if self.step_seconds and not self.failure else None
+
+    def ratio(self, base: Row) -> float | None:
+        """To the same turns of another row: by processor time where that was taken, which other load disturbs less."""
+        mine, theirs = self.cpu_seconds or self.step_seconds, base.cpu_seconds or base.step_seconds
+        if self.median is None or base.median is None:
+            return None
+        return statistics.median(mine) / statistics.median(theirs)
+
+
+class Contestant:
+    """A network with its optimizer; ``predict`` gives the velocity."""
+
+    def __init__(self, model: nn.Module, predict: Callable[[Batch], Tensor], device: torch.device) -> None:
+        self.model, self.predict, self.device = model, predict, device
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert all(parameter.dtype == torch.float32 for parameter in self.trained)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=device.type == "cuda")
+
+    def step(self, batch: Batch) -> float:
+        """One whole training step; returns the loss, which waits for the device."""
+        with torch.autocast(self.device.type, dtype=DTYPE):
+            loss = v_prediction_loss(self.predict(batch), batch.target_BTCHW).mean
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    def gradient_norm(self, batch: Batch) -> tuple[float, float]:
+        """(loss, norm of all gradients) without an update."""
+        with torch.autocast(self.device.type, dtype=DTYPE):
+            loss = v_prediction_loss(self.predict(batch), batch.target_BTCHW).mean
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in self.trained if p.grad is not None]).norm()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach()), float(norm)
+
+    @property
+    def held_bytes(self) -> int:
+        """Weights and optimizer states: what the other contestant's presence adds to a peak."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.model.parameters(), *(value for value in states if isinstance(value, Tensor))]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@contextmanager
+def fresh_on(device: torch.device) -> Iterator[None]:
+    """Parameters are made on the device, in bf16."""
+    torch.set_default_dtype(DTYPE)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def make_ours(config: Any, rank: int, device: torch.device) -> Contestant:
+    with fresh_on(device):
+        model = FAMILIES[0].build(config)
+    apply_lora(model, LoraSettings(rank, float(rank), tuple(LORA_TARGETS)), seed=0)
+    model.train()
+    return Contestant(model, lambda batch: model(batch.noisy_BTCHW, batch.text_BLC, batch.timesteps_B), device)
+
+
+def make_theirs(config: Any, rank: int, device: torch.device, ours: nn.Module) -> Contestant:
+    """diffusers' transformer with PEFT's adapter and its own checkpointing, holding the weights of ours."""
+    import diffusers
+    import peft
+
+    with fresh_on(device):
+        model: Any = diffusers.CogVideoXTransformer3DModel(**dataclasses.asdict(config))
+    model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    missing, unexpected = model.load_state_dict(ours.state_dict(), strict=False)
+    assert not unexpected, unexpected[:3]
+    assert not any(name in dict(model.named_parameters()) for name in missing), missing[:3]
+    model.enable_gradient_checkpointing()
+    model.train()
+    tables: dict[tuple[int, ...], Any] = {}
+
+    def predict(batch: Batch) -> Tensor:
+        shape = tuple(batch.noisy_BTCHW.shape)
+        if shape not in tables:
+            tables[shape] = _rotary(config, shape, device)
+        output: Tensor = model(
+            hidden_states=batch.noisy_BTCHW.to(DTYPE),
+            encoder_hidden_states=batch.text_BLC.to(DTYPE),
+            timestep=batch.timesteps_B,
+            image_rotary_emb=tables[shape],
+            return_dict=False,
+        )[0]
+        return output
+
+    return Contestant(model, predict, device)
+
+
+def _rotary(config: Any, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """As CogVideoXPipeline prepares them: the grid resized and cropped to the base size."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    _, num_frames, _, height, width = shape
+    grid = (height // config.patch_size, width // config.patch_size)
+    base = (config.sample_width // config.patch_size, config.sample_height // config.patch_size)
+    cos, sin = get_3d_rotary_pos_embed(
+        embed_dim=config.attention_head_dim,
+        crops_coords=get_resize_crop_region_for_grid(grid, *base),
+        grid_size=grid,
+        temporal_size=num_frames,
+        device=device,
+    )
+    return cos, sin
+
+
+def make_batch(config: Any, geometry: Geometry, device: torch.device) -> Batch:
+    torch.manual_seed(0)
+    shape = (1, geometry.num_latent_frames, config.in_channels, geometry.latent_height, geometry.latent_width)
+    return Batch(
+        torch.randn(shape, device=device),
+        torch.randn(shape, device=device),
+        torch.randn(1, config.max_text_seq_length, config.text_embed_dim, device=device),
+        torch.tensor([500], device=device),
+    )
+
+
+def set_form(model: nn.Module, recompute: Recompute, kernel: AttentionKernel, device: torch.device) -> str:
+    """Hang policy and kernel on our network; returns the kernel that runs.
+
+    Raises:
+        UserError: the kernel does not run here.
+    """
+    attentions: list[Any] = [module for module in model.modules() if hasattr(module, "attend")]
+    attend, name = choose_attention(kernel, device, DTYPE, attentions[0].num_heads, attentions[0].head_dim)
+    for attention in attentions:
+        attention.attend = attend
+    runner = block_runner(recompute, has_dropout=False)
+    model.run_block = runner or (lambda block, *args: block(*args))  # type: ignore[assignment]
+    return name
+
+
+# (name, recomputation, kernel); None is diffusers.
+FORMS: list[tuple[str, Recompute | None, AttentionKernel]] = [
+    ("diffusers + PEFT, its checkpointing", None, AttentionKernel.auto),
+    ("ours, recompute=full", Recompute.full, AttentionKernel.auto),
+    ("ours, recompute=keep_attention", Recompute.keep_attention, AttentionKernel.auto),
+    ("ours, recompute=none", Recompute.none, AttentionKernel.auto),
+    ("ours, recompute=full, attention=flash", Recompute.full, AttentionKernel.flash),
+    ("ours, recompute=full, attention=cudnn", Recompute.full, AttentionKernel.cudnn),
+    ("ours, recompute=full, attention=flash_attn", Recompute.full, AttentionKernel.flash_attn),
+    ("ours, recompute=full, attention=math", Recompute.full, AttentionKernel.math),
+]
+
+
+class Benchmark:
+    """Both networks, and the rows that come of them."""
+
+    def __init__(self, device: torch.device, model_name: str) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self.config = FAMILIES[0].published_config(f"zai-org/CogVideoX-{model_name}")
+        if self.config is None or not self.config.use_rotary_positional_embeddings:
+            raise UserError(f"model={model_name}: only 5b can be measured")
+        if not self.on_gpu:
+            self.config = dataclasses.replace(self.config, **SMALL)
+        self.rank = FULL_RANK if self.on_gpu else SMALL_RANK
+        self.ours = make_ours(self.config, self.rank, device)
+        self.theirs = make_theirs(self.config, self.rank, device, self.ours.model)
+
+    def geometry(self, frames: int) -> Geometry:
+        return Geometry(frames, *(FULL_SIZE if self.on_gpu else SMALL_SIZE), 8)
+
+    def flops(self, frames: int, recompute: Recompute) -> StepFlops:
+        lora = LoraConfig(rank=self.rank, alpha=self.rank)
+        return training_flops_per_sample(self.config, lora, self.geometry(frames), recompute)
+
+    def check_same_work(self) -> dict[str, float]:
+        """Loss and gradient norm of both on a short sample; raises AssertionError when they differ."""
+        set_form(self.ours.model, Recompute.full, AttentionKernel.auto, self.device)
+        batch = make_batch(self.config, Geometry(17, *SMALL_SIZE, 8), self.device)
+        (loss, norm), (their_loss, their_norm) = (c.gradient_norm(batch) for c in (self.ours, self.theirs))
+        figures = {"loss": loss, "diffusers_loss": their_loss, "norm": norm, "diffusers_norm": their_norm}
+        assert abs(loss / their_loss - 1) < 0.01, figures
+        assert abs(norm / their_norm - 1) < 0.05, figures
+        return figures
+
+    def run(self, frames: int, repeats: int) -> list[Row]:
+        """All forms at one length, taking turns."""
+        batch = make_batch(self.config, self.geometry(frames), self.device)
+        rows = []
+        for name, recompute, _ in FORMS:
+            flops = self.flops(frames, recompute or Recompute.full)
+            rows.append(Row(frames, name, flops=flops.total, necessary_flops=flops.forward + flops.backward))
+        # The first two turns warm up and measure memory.
+        for turn in range(-2, repeats):
+            for row, form in zip(rows, FORMS, strict=True):
+                if not row.failure:
+                    self._turn(row, form, batch, turn)
+            print(f"{frames} frames: turn {turn + 1} of {repeats}", file=sys.stderr, flush=True)
+        return rows
+
+    def _turn(self, row: Row, form: tuple[str, Recompute | None, AttentionKernel], batch: Batch, turn: int) -> None:
+        _, recompute, kernel = form
+        contestant, other = (self.theirs, self.ours) if recompute is None else (self.ours, self.theirs)
+        try:
+            if recompute is not None:
+                row.kernel = set_form(contestant.model, recompute, kernel, self.device)
+            if turn < 0:
+                row.peak_gib = self._peak_bytes(contestant, other, batch) / GIB
+                return
+            self._wait()
+            started, cpu_started = time.perf_counter(), time.process_time()
+            contestant.step(batch)
+            self._wait()
+            row.step_seconds.append(time.perf_counter() - started)
+            if not self.on_gpu:
+                row.cpu_seconds.append(time.process_time() - cpu_started)
+        except torch.OutOfMemoryError:
+            row.failure = "OOM"
+        except UserError as error:
+            row.failure = "not available"
+            row.reason = str(error)
+        finally:
+            contestant.optimizer.zero_grad(set_to_none=True)
+        if row.failure and self.on_gpu:
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _peak_bytes(self, contestant: Contestant, other: Contestant, batch: Batch) -> int:
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            contestant.step(batch)
+            return torch.cuda.max_memory_allocated(self.device) - other.held_bytes
+        with StepMeter() as meter:
+            contestant.step(batch)
+        return meter.peak_bytes + contestant.held_bytes
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+
+def machine(device: torch.device, options: dict[str, str]) -> dict[str, Any]:
+    """What the figures were measured on."""
+    repository = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repository, capture_output=True, text=True, check=False)
+    packages = ("torch", "diffusers", "peft", "transformers")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "cuda": torch.version.cuda,
+        "commit": commit.stdout.strip() or None,
+        "command": " ".join(["python", "benchmarks/step.py", *(f"{name}={value}" for name, value in options.items())]),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0]}, {len(models)} cores" if models else platform.processor()
+
+
+def markdown(rows: Sequence[Row], about: dict[str, Any], peak_flops: float | None) -> str:
+    """The table, headed by machine, versions, commit and command."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines = [
+        f"{about['device']}, {about['threads']} threads, load {about['load_average']}; Python {about['python']}, "
+        f"{versions}; commit {about['commit']}",
+        "",
+        f"    {about['command']}",
+        "",
+        "Seconds are wall clock; the ratio is that of the medians"
+        + (" of processor time, all threads." if any(row.cpu_seconds for row in rows) else "."),
+        "",
+        "| frames | step | kernel | s/step (median) | of diffusers | TFLOP/s | MFU | peak GiB |",
+        "|---:|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        if row.median is None:
+            lines.append(f"| {row.frames} | {row.name} | {row.kernel} | {row.failure} | | | | |")
+            continue
+        base = next(other for other in rows if other.frames == row.frames and other.name == FORMS[0][0])
+        ratio = row.ratio(base)
+        mfu = f"{row.necessary_flops / row.median / peak_flops:.0%}" if peak_flops else ""
+        lines.append(
+            f"| {row.frames} | {row.name} | {row.kernel} | {row.median:.3f} | "
+            f"{'' if ratio is None else format(ratio, '.2f')} | "
+            f"{row.flops / row.median / 1e12:.3g} | {mfu} | {row.peak_gib:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def read_options(arguments: Sequence[str]) -> dict[str, str]:
+    """``name=value`` arguments over the defaults.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    given = {}
+    for argument in arguments:
+        name, separator, value = argument.partition("=")
+        if not separator or name not in DEFAULTS:
+            raise UserError(f"unknown option {argument!r}; options are {', '.join(DEFAULTS)}, as name=value")
+        given[name] = value
+    return given
+
+
+def main(arguments: Sequence[str]) -> None:
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__)
+        return
+    given = read_options(arguments)
+    options = {**DEFAULTS, **given}
+    device = torch.device(options["device"])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={options['device']}: no GPU is here; device=cpu measures a small model")
+    lengths = [int(frames) for frames in options["frames"].split(",")]
+    benchmark = Benchmark(device, options["model"])
+    same_work = benchmark.check_same_work()
+    repeats = int(options["repeats"] or (10 if device.type == "cuda" else 7))
+    about = machine(device, given)
+    rows = [row for frames in lengths for row in benchmark.run(frames, repeats)]
+    table = markdown(rows, about, device_peak_flops(device))
+    print(table)
+    output = Path(options["output"])
+    content = {**about, "same_work": same_work, "repeats": repeats, "rows": [_as_json(row) for row in rows]}
+    atomic_write_json(output.with_suffix(".json"), content)
+    atomic_write_text(output.with_suffix(".md"), "# Training step\n\n" + table)
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    return {**dataclasses.asdict(row), "median_seconds": row.median}
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
