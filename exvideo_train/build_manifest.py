@@ -46,6 +46,8 @@ def run(config: BuildManifest) -> None:
     except UserError:
         clear_working_folder(manifest)
         raise
+    except OSError as error:
+        raise UserError(f"{error.filename or manifest}: {error.strerror}; repair it, then run again") from error
     print("\n".join(report.lines()))
     print(f"manifest: {manifest}\ndropped:  {dropped_path(manifest)}")
 

@@ -60,6 +60,10 @@ class Reason(str, Enum):
         return self.value
 
 
+# What another attempt may not meet again: journals do not note these.
+PASSING_REASONS = frozenset(map(str, (Reason.TIMEOUT, Reason.WORKER_DIED, Reason.READ_ERROR)))
+
+
 class UnreadableClip(Exception):
     """A clip that cannot be read; `reason` is a word of `Reason`, `detail` says more for a person."""
 
@@ -109,8 +113,12 @@ def _check_file(path: str) -> os.stat_result:
         raise UnreadableClip(Reason.READ_ERROR, f"{path}: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):
         raise UnreadableClip(Reason.NOT_A_FILE, f"{path} is not a regular file")
-    if not os.access(path, os.R_OK):
-        raise UnreadableClip(Reason.PERMISSION, f"{path} may not be read")
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    except PermissionError:
+        raise UnreadableClip(Reason.PERMISSION, f"{path} may not be read") from None
+    except OSError as error:
+        raise UnreadableClip(Reason.READ_ERROR, f"{path}: {error.strerror}") from None
     if status.st_size == 0:
         raise UnreadableClip(Reason.EMPTY_FILE, f"{path} has 0 bytes")
     return status

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from exvideo_train.clips.container import Reason, UnreadableClip, VideoInfo, open_bytes, probe_video
+from exvideo_train.clips.container import PASSING_REASONS, Reason, UnreadableClip, VideoInfo, open_bytes, probe_video
 from exvideo_train.clips.journal import Journal, file_stamp
 from exvideo_train.clips.quality import ClipMeasures, bars_in_crop, measure_clip
 from exvideo_train.clips.reader import TIME_TOLERANCE_SECONDS
@@ -107,7 +107,8 @@ def judge_clips(manifest: Path, journal_file: Path, options: FilterOptions) -> I
                 else:
                     assert result is not None
                     finding = result
-                journal.put(key, stamp, json.dumps(dataclasses.asdict(finding)))
+                if finding.reason not in PASSING_REASONS:
+                    journal.put(key, stamp, json.dumps(dataclasses.asdict(finding)))
             yield Judged(record, reasons) if finding is None else judge(record, finding, options)
 
 

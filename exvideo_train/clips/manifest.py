@@ -166,6 +166,16 @@ def _write_runs(source: Source, runs: Path, options: BuildOptions) -> int:
 def _parse_piece(source: Source, runs: Path, numbered: tuple[int, RawRows]) -> int:
     """One worker's task: parse a piece, write its clips and its drops as sorted runs; returns the number of clips."""
     number, piece = numbered
+    try:
+        return _write_piece(source, runs, number, piece)
+    except OSError as error:
+        # A traceback from a worker would hide what a user can repair: a full disk, a folder that may not be read.
+        raise UserError(
+            f"{piece.where}: {error.filename or runs}: {error.strerror}; repair it, then run again"
+        ) from None
+
+
+def _write_piece(source: Source, runs: Path, number: int, piece: RawRows) -> int:
     clips: list[str] = []
     drops: list[str] = []
     for entry in source.parse(piece):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from exvideo_train.clips.container import UnreadableClip, VideoInfo, probe_video
+from exvideo_train.clips.container import PASSING_REASONS, UnreadableClip, VideoInfo, probe_video
 from exvideo_train.clips.journal import Journal, file_stamp
 from exvideo_train.clips.workers import Failed, parallel_map
 
@@ -47,7 +47,8 @@ def probe_videos(
                 yield companion, _from_text(known)
                 continue
             assert found is not None
-            journal.put(video, stamp, json.dumps(dataclasses.asdict(found)))
+            if not (isinstance(found, Failed) and found.reason in PASSING_REASONS):
+                journal.put(video, stamp, json.dumps(dataclasses.asdict(found)))
             yield companion, found
 
 

@@ -70,7 +70,15 @@ class ClipRecord:
         """One manifest line without its newline; equal records give equal text."""
         content = {name: value for name in _FIELD_NAMES if (value := getattr(self, name)) is not None}
         content["scores"] = dict(sorted(self.scores.items()))
-        return _encode(content)
+        text = _encode(content)
+        if text.isascii():
+            return text
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            # A file name that is not UTF-8: escaped, it comes back as the same name.
+            return _encode_ascii(content)
+        return text
 
 
 _FIELD_NAMES = tuple(entry.name for entry in fields(ClipRecord))

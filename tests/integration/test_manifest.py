@@ -105,6 +105,15 @@ def test_users_mistakes_are_named_without_a_traceback(arguments, message, data, 
     assert not list(data.glob(".*"))
 
 
+def test_a_target_that_cannot_be_written_is_named(data, run_command):
+    (data / "file").write_text("")
+    for source in ("internvid", "folder"):
+        arguments = [BUILD, f"source={source}", *SOURCES[source], "manifest=file/clips.jsonl"]
+        result = run_command(arguments, cwd=data, status=2)
+        assert "file" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
 def test_help_names_every_option(run_command):
     assert "video_layout" in run_command([BUILD, "--help"]).stdout
     assert "filter.min_motion" in run_command([FILTER, "--help"]).stdout

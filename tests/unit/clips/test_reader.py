@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -304,14 +305,21 @@ def test_each_broken_input_has_its_own_reason(kind, start, end, reason, good, vi
     assert caught.value.detail
 
 
-def test_a_file_that_may_not_be_read(good, clip, tmp_path):
-    path = tmp_path / "secret.mp4"
-    path.write_bytes(good.read_bytes())
-    path.chmod(0)
-    if os.access(path, os.R_OK):
-        pytest.skip("this user may read everything")
-    with pytest.raises(UnreadableClip) as caught:
-        read_frames(clip(path), SMALL)
+def test_a_file_that_may_not_be_read(good, clip):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = Path(folder) / "secret.mp4"
+        path.write_bytes(good.read_bytes())
+        path.chmod(0)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(UnreadableClip) as caught:
+                read_frames(clip(path), SMALL)
+        finally:
+            if root:
+                os.seteuid(0)
     assert caught.value.reason == "permission"
 
 

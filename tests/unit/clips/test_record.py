@@ -44,6 +44,12 @@ def test_ids_tell_source_video_and_span_apart_and_never_change():
 PINNED = "dbb3e9c9b0acf95157e0e287f690f2e2"
 
 
+def test_file_names_that_are_not_utf_8_come_back(tmp_path):
+    path = tmp_path / "clips.jsonl"
+    write_manifest(path, [replace(RECORD, video="/videos/\udcff.mp4")])
+    assert next(read_manifest(path)).video == "/videos/\udcff.mp4"
+
+
 def test_relative_videos_are_beside_the_manifest(tmp_path):
     path = tmp_path / "clips.jsonl"
     write_manifest(path, [replace(RECORD, video="sub/x.mp4")])
