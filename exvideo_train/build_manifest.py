@@ -86,3 +86,7 @@ def _index(videos: str, manifest: Path) -> VideoIndex:
 
 def main() -> None:
     run_command(BuildManifest, run, "build_manifest", USAGE)
+
+
+if __name__ == "__main__":
+    main()

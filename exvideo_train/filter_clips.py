@@ -47,3 +47,7 @@ def run(config: FilterClips) -> None:
 
 def main() -> None:
     run_command(FilterClips, run, "filter_clips", USAGE)
+
+
+if __name__ == "__main__":
+    main()
