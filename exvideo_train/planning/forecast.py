@@ -153,7 +153,6 @@ def forecast(config: Plan, model: Model, device_name: str | None = None) -> Fore
     work = max((_work(config, model, settings, geometry) for geometry in _geometries(config)), key=_size)
     trace = trace_step(work)
     frozen_bytes, trained = parameter_bytes(model, settings, work.weights_dtype)
-    zero: dict[str, Any] = deepspeed_config(config)["zero_optimization"]
     sharding = Sharding(
         trained=trained,
         frozen_bytes=frozen_bytes,
@@ -162,7 +161,7 @@ def forecast(config: Plan, model: Model, device_name: str | None = None) -> Fore
         offload=config.memory.offload_optimizer,
         keep_ema=config.optim.ema_decay > 0,
         accumulation_steps=config.optim.accumulation_steps,
-        reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)),
+        reduce_bucket=reduce_bucket(config),
     )
     memory = step_memory(
         optimizer_memory(sharding),
@@ -187,6 +186,12 @@ def forecast(config: Plan, model: Model, device_name: str | None = None) -> Fore
         samples_per_step=work.batch_size * config.optim.accumulation_steps * config.gpus // config.parallel.sequence,
         max_steps=config.max_steps,
     )
+
+
+def reduce_bucket(config: Plan) -> int:
+    """Elements of DeepSpeed's gradient bucket, as the engine will ask for it."""
+    options: dict[str, Any] = deepspeed_config(config)["zero_optimization"]
+    return int(options.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET))
 
 
 def _geometries(config: Plan) -> list[Geometry]:

@@ -16,7 +16,7 @@ from exvideo_train.config.experiment import Recompute
 from exvideo_train.config.plan import Plan
 from exvideo_train.parallel.memory import FP32_BYTES, Sharding, StepMemory, optimizer_memory, step_memory
 from exvideo_train.parallel.trace import TracedKernel, Work, trace_step
-from exvideo_train.planning.forecast import Model, attention_workspace, batch_bytes, parameter_bytes
+from exvideo_train.planning.forecast import Model, attention_workspace, batch_bytes, parameter_bytes, reduce_bucket
 
 # T5-v1.1-XXL's encoder and CogVideoX's VAE, in parameters; tests count them on the meta device.
 TEXT_ENCODER_PARAMETERS = 4_762_310_656
@@ -92,7 +92,9 @@ def _row(config: Plan, model: Model, taken: Measures, title: str) -> MeasuresRow
     frozen_bytes, trained = parameter_bytes(model, settings, weights_dtype)
     if not taken.freezing:
         frozen_bytes, trained = 0, model.family.num_parameters(model.config)
-    sharding = Sharding(trained, frozen_bytes, config.gpus, stage=2 if taken.zero2 else 0)
+    sharding = Sharding(
+        trained, frozen_bytes, config.gpus, stage=2 if taken.zero2 else 0, reduce_bucket=reduce_bucket(config)
+    )
     trace = trace_step(work)
     memory = step_memory(
         optimizer_memory(sharding),

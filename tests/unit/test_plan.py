@@ -103,6 +103,9 @@ def test_each_measure_helps() -> None:
     assert [total <= 79.2 for total in totals] == [False] * 4 + [True] * 3
     assert len(without) == 6
     assert all(row.total > added[-1].total for row in without)
+    page = (ROOT / "docs" / "plan.md").read_text()
+    for row in [*added, *without]:
+        assert f"{row.total / GIB:,.2f} |" in page, f"docs/plan.md is stale: {row.title} is {row.total / GIB:,.2f} GiB"
 
 
 def test_encoders_are_as_large_as_the_measures_say() -> None:
