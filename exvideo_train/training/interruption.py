@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,15 +66,26 @@ class Interruption:
 
 
 @contextmanager
-def stop_signals_ignored() -> Iterator[None]:
-    """Processes started inside never see a stop signal.
-
-    A terminal and the DeepSpeed launcher signal every process of a job. Readers of data that died of it would take
-    the rank with them before it has finished its step; they end with it instead.
-    """
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+def stop_signals_held() -> Iterator[None]:
+    """Signals that come inside take effect afterwards; processes started inside are born with them blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def obey_only_the_parent() -> None:
+    """In a process born with stop signals blocked: end at SIGTERM from the process that started it, and no other.
+
+    A terminal and the DeepSpeed launcher signal every process of a job. A reader of data that died of it would take
+    the rank with it before that has finished its step.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where readers are ended by their parent's death alone
+        threading.Thread(target=_wait_for_the_parent, daemon=True).start()
+
+
+def _wait_for_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -32,7 +31,7 @@ from exvideo_train.parallel.hardware import device_peak_flops
 from exvideo_train.parallel.mesh import Mesh
 from exvideo_train.parallel.parallelize import Applied, parallelize
 from exvideo_train.training.checkpoint import Checkpoint, check_same_run, find_checkpoint
-from exvideo_train.training.interruption import STOP_SIGNALS, stop_signals_ignored
+from exvideo_train.training.interruption import obey_only_the_parent, stop_signals_held
 from exvideo_train.training.validation import Validator
 
 Log = Callable[[str], None]
@@ -259,16 +258,14 @@ def batches(job: Job, position: int) -> Iterator[TrainingBatch]:
         # A worker forked from a process with GPU and communication threads can deadlock.
         multiprocessing_context="spawn" if workers else None,
         pin_memory=mesh.device.type == "cuda",
-        worker_init_fn=_ignore_stop_signals,
+        worker_init_fn=_start_worker,
     )
-    with stop_signals_ignored():
+    with stop_signals_held():
         return iter(loader)
 
 
-def _ignore_stop_signals(worker: int) -> None:
-    """Torch gives workers a handler of its own that dies of SIGTERM."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def _start_worker(worker: int) -> None:
+    obey_only_the_parent()
 
 
 def num_trainable(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ Starting a rank takes ten times as long as a tiny training. Every run here is pr
     overrides       of the train command
     stop_after      ask for a stop after this step, as a signal would
     disk_full       [first, last] step between which no file can grow past 64 KiB
+    unequal         note whether a weight that differs on one rank is noticed
     fingerprint     note dtypes, a hash of the frozen weights before and after, and the modules imported
 """
 
@@ -114,6 +115,21 @@ def count_flops_once() -> None:
     job_module.training_flops_per_sample = count_once
 
 
+def notices_unequal_weights(job: Job) -> bool:
+    """Change one frozen number on the last rank, see whether all ranks notice, and change it back."""
+    number = next(job.engine.module.parameters()).detach().view(-1)[:1]
+    kept = number.clone()
+    if job.mesh.rank == job.mesh.world_size - 1:
+        number += 1
+    try:
+        job.engine.assert_equal_weights()
+    except AssertionError:
+        return True
+    finally:
+        number.copy_(kept)
+    return False
+
+
 def run_one(spec: dict[str, Any], mesh: Mesh, config: Train) -> dict[str, Any]:
     messages: list[str] = []
     logger = RunLogger(Path(config.run_dir), config.logger, {"run_dir": config.run_dir}, mesh.is_main)
@@ -135,6 +151,8 @@ def run_one(spec: dict[str, Any], mesh: Mesh, config: Train) -> dict[str, Any]:
                 result["dtypes"] = dtypes(job.engine.module)
                 result["frozen_before"] = frozen_hash(job.engine.module)
                 result["modules"] = sorted(sys.modules)
+            if spec.get("unequal"):
+                result["unequal"] = notices_unequal_weights(job)
             for line in trainer.describe():
                 logger.message(line)
             result["status"] = trainer.train()

@@ -96,7 +96,7 @@ class Ranks:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def wait(self, timeout_seconds: float = 240.0) -> list[int]:
+    def wait(self, timeout_seconds: float = 400.0) -> list[int]:
         """Exit statuses by process; fails with the log's end when they do not end in time."""
         deadline = time.monotonic() + timeout_seconds
         try:
@@ -104,7 +104,7 @@ class Ranks:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"not finished after {timeout_seconds:g} s:\n{self.tail()}") from None
 
-    def wait_for(self, condition: Callable[[], bool], what: str, timeout_seconds: float = 120.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, timeout_seconds: float = 300.0) -> None:
         """Wait until a condition holds while the processes run."""
         deadline = time.monotonic() + timeout_seconds
         while not condition():
@@ -134,7 +134,7 @@ class Ranks:
         return found
 
 
-def finished(ranks: Ranks, timeout_seconds: float = 240.0) -> str:
+def finished(ranks: Ranks, timeout_seconds: float = 400.0) -> str:
     """The output of ranks that must all end with status 0."""
     statuses = ranks.wait(timeout_seconds)
     assert set(statuses) == {0}, f"statuses {statuses}:\n{ranks.tail(100)}"
@@ -151,7 +151,7 @@ def many_runs(specs: Sequence[Mapping[str, Any]], world_size: int, folder: Path)
     spec_file = folder / f"specs_{world_size}_{time.time_ns()}.json"
     spec_file.write_text(json.dumps(list(specs), default=str))
     with Ranks([MANY_RUNS, spec_file], world_size, spec_file.with_suffix(".log")) as ranks:
-        finished(ranks, 400.0)
+        finished(ranks, 850.0)
     merged: dict[str, Any] = {}
     for rank in range(world_size):
         for name, result in json.loads(spec_file.with_suffix(f".rank{rank}.json").read_text()).items():

@@ -183,6 +183,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_checkpoint import CheckpointWriter, state, tensors
 writer = CheckpointWriter(Path(sys.argv[1]), keep_last=1, keep_every=0, log=print)
+writer.save(state(0), tensors(0), wait=True)
 print("ready", flush=True)
 for step in range(1, 10**6):
     writer.save(state(step), tensors(step))
