@@ -34,7 +34,7 @@ from exvideo_train.latents.plan import (
 from exvideo_train.latents.progress import Progress
 from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.report import Report, make_report, totals_from_json, totals_to_json, write_report
-from exvideo_train.latents.store import LatentStore, caption_digest
+from exvideo_train.latents.store import LatentStore
 from exvideo_train.latents.supervise import Supervisor
 from exvideo_train.latents.work import HEARTBEAT_SECONDS, SILENCE_SECONDS, WorkList
 
@@ -306,11 +306,9 @@ def _finish(
         entries = write_index(store, settings.geometry)
         quarantine = Quarantine(store.path, settings.geometry)
         quarantined: Counter[str] = Counter(plan.num_held_back)
-        pending = {record.clip_id: caption_digest(record.caption) for record in plan.pending}
+        pending = {record.clip_id: record for record in plan.pending}
         quarantined.update(entry.reason for entry in quarantine if entry.clip_id in pending)
-        encoded = sum(
-            clip_id in entries and entries[clip_id].caption_sha256 == caption for clip_id, caption in pending.items()
-        )
+        encoded = sum(clip_id in entries and entries[clip_id].is_of(record) for clip_id, record in pending.items())
         report = make_report(plan, totals, encoded, quarantined, wall_seconds, missing)
         WorkList(store.path).remove()
         print(report.describe(), flush=True)

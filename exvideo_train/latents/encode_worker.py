@@ -20,7 +20,7 @@ from exvideo_train.errors import UserError
 from exvideo_train.latents.decode import Decoded, DecodeOptions, DecodePool, Failure, exit_with_parent
 from exvideo_train.latents.plan import EncodeSettings
 from exvideo_train.latents.quarantine import Quarantine
-from exvideo_train.latents.store import CorruptLatent, LatentStore, caption_digest
+from exvideo_train.latents.store import CorruptLatent, LatentStore
 from exvideo_train.latents.work import Heartbeat, WorkList
 
 if TYPE_CHECKING:
@@ -186,7 +186,14 @@ class EncodeLoop:
 
     def _write(self, record: ClipRecord, moments_CTHW: Tensor, text_LC: Tensor) -> tuple[int, float]:
         began = time.monotonic()
-        entry = self.store.write_clip(record.clip_id, self.settings.geometry, moments_CTHW, text_LC, record.caption)
+        entry = self.store.write_clip(
+            record.clip_id,
+            self.settings.geometry,
+            moments_CTHW,
+            text_LC,
+            record.caption,
+            sampling_fps=record.sampling_fps,
+        )
         return entry.num_bytes, time.monotonic() - began
 
     def _settle_write(self, record: ClipRecord, write: Future[tuple[int, float]]) -> None:
@@ -215,14 +222,13 @@ def is_settled(store: LatentStore, quarantine: Quarantine, record: ClipRecord) -
     if record.clip_id in quarantine:
         return True
     try:
-        entry = store.read_entry(record.clip_id, quarantine.geometry)
+        return store.read_entry(record.clip_id, quarantine.geometry).is_of(record)
     except CorruptLatent:
         return False
-    return entry.caption_sha256 == caption_digest(record.caption)
 
 
 def quarantine_clip(store: LatentStore, quarantine: Quarantine, record: ClipRecord, failure: Failure) -> None:
-    """Leave a clip out with its reason; a latent of its former caption goes too."""
+    """Leave a clip out with its reason; a latent of its former caption or rate goes too."""
     quarantine.add(record, failure)
     store.clip_path(record.clip_id, quarantine.geometry).unlink(missing_ok=True)
 

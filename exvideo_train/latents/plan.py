@@ -19,7 +19,7 @@ from exvideo_train.files import atomic_write
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.fingerprint import Fingerprint
 from exvideo_train.latents.quarantine import Quarantine
-from exvideo_train.latents.store import CorruptLatent, IndexEntry, LatentStore, caption_digest
+from exvideo_train.latents.store import CorruptLatent, IndexEntry, LatentStore
 
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _HEADER_BYTES = 1024
@@ -69,8 +69,8 @@ class Plan:
         pending: clips to encode, those of equal captions side by side.
         num_clips: different clips in the manifest.
         num_repeated: lines that name a clip again.
-        num_reused: already encoded with their present caption.
-        num_recaptioned: encoded, but with another caption: among the pending.
+        num_reused: already encoded with their present caption and rate.
+        num_changed: encoded, but with another caption or sampling rate: among the pending.
         num_held_back: quarantined by an earlier run, by reason.
         num_later: left for a later run by max_clips.
     """
@@ -79,7 +79,7 @@ class Plan:
     num_clips: int = 0
     num_repeated: int = 0
     num_reused: int = 0
-    num_recaptioned: int = 0
+    num_changed: int = 0
     num_held_back: Counter[str] = field(default_factory=Counter)
     num_later: int = 0
     bytes_per_clip: int = 0
@@ -98,7 +98,7 @@ class Plan:
             f"geometry     {settings.geometry.name}, {settings.dtype}, tiling {'on' if settings.tiling else 'off'}",
             f"clips        {self.num_clips} in the manifest ({self.num_repeated} repeated lines ignored)",
             f"  encoded    {self.num_reused} already",
-            f"  to encode  {len(self.pending)} ({self.num_recaptioned} of them for a changed caption)",
+            f"  to encode  {len(self.pending)} ({self.num_changed} of them for a changed caption or rate)",
             f"  held back  {sum(self.num_held_back.values())} quarantined{f': {held_back}' if held_back else ''}",
         ]
         if self.num_held_back:
@@ -154,12 +154,12 @@ def make_plan(
             continue
         seen.add(record.clip_id)
         entry = existing.get(record.clip_id)
-        if entry is not None and entry.caption_sha256 == caption_digest(record.caption):
+        if entry is not None and entry.is_of(record):
             plan.num_reused += 1
         elif record.clip_id in reasons:
             plan.num_held_back[reasons[record.clip_id]] += 1
         else:
-            plan.num_recaptioned += entry is not None
+            plan.num_changed += entry is not None
             # Work lists lie elsewhere than the manifest: its relative paths must not move with them.
             by_caption.setdefault(record.caption, []).append(
                 dataclasses.replace(record, video=os.path.abspath(record.video))

@@ -99,7 +99,12 @@ class EncodeActor:
         failure = not_finite(moments_CTHW)
         if failure is None:
             entry = self._store.write_clip(
-                record.clip_id, self._settings.geometry, moments_CTHW, text_LC, record.caption
+                record.clip_id,
+                self._settings.geometry,
+                moments_CTHW,
+                text_LC,
+                record.caption,
+                sampling_fps=record.sampling_fps,
             )
             outcome["num_bytes"] = entry.num_bytes
         return failure

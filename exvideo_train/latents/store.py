@@ -32,6 +32,8 @@ from exvideo_train.latents.fingerprint import Fingerprint, explain_differences
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from exvideo_train.clips.record import ClipRecord
+
 FORMAT_VERSION = 1
 # safetensors writes metadata in the order of a randomly seeded hash map: only with a single key are files
 # of equal content equal bytes.
@@ -59,13 +61,28 @@ class StoredClip:
 
 @dataclass(frozen=True, order=True)
 class IndexEntry:
-    """One latent file: sha256 covers its tensors, caption_sha256 tells whether the caption has changed."""
+    """One latent file.
+
+    Attributes:
+        sha256: of its tensors.
+        caption_sha256: of its caption, short.
+        sampling_fps: the clip's own rate, None for the geometry's.
+    """
 
     geometry: str
     clip_id: str
     num_bytes: int
     sha256: str
     caption_sha256: str
+    sampling_fps: float | None = None
+
+    def is_of(self, record: ClipRecord) -> bool:
+        """Whether the file holds the record as it is now. Its id covers video and span; the rest may change."""
+        return self.caption_sha256 == caption_digest(record.caption) and self.sampling_fps == record.sampling_fps
+
+    def to_json(self) -> str:
+        """One line of the index without its newline."""
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, sort_keys=True)
 
 
 class LatentStore:
@@ -174,9 +191,19 @@ class LatentStore:
         return self.path / "clips" / geometry.name / clip_id[:3] / f"{clip_id}.safetensors"
 
     def write_clip(
-        self, clip_id: str, geometry: Geometry, moments_CTHW: Tensor, text_LC: Tensor, caption: str
+        self,
+        clip_id: str,
+        geometry: Geometry,
+        moments_CTHW: Tensor,
+        text_LC: Tensor,
+        caption: str,
+        *,
+        sampling_fps: float | None = None,
     ) -> IndexEntry:
         """Write one clip whole or not at all and return its index entry.
+
+        Args:
+            sampling_fps: the clip's own rate; None when it was sampled at the geometry's.
 
         Raises:
             UserError: the disk is full or not writable.
@@ -188,9 +215,11 @@ class LatentStore:
             "fingerprint": self.fingerprints[geometry.name].digest(),
             "geometry": geometry.name,
         }
+        if sampling_fps is not None:
+            content["sampling_fps"] = sampling_fps
         data, sha256 = _encode_file(tensors, content)
         atomic_write_bytes(self.clip_path(clip_id, geometry), data)
-        return IndexEntry(geometry.name, clip_id, len(data), sha256, caption_digest(caption))
+        return _index_entry({**content, "sha256": sha256}, len(data))
 
     def write_empty_prompt(self, text_LC: Tensor) -> None:
         """Write the embedding of the empty prompt, (L, C)."""
@@ -241,13 +270,7 @@ class LatentStore:
             raise CorruptLatent(f"{path}: holds another clip; delete it and encode again")
         if content.get("fingerprint") != self.fingerprints[geometry.name].digest():
             raise CorruptLatent(f"{path}: made with another fingerprint; delete it and encode again")
-        return IndexEntry(
-            geometry.name,
-            clip_id,
-            path.stat().st_size,
-            content["sha256"],
-            caption_digest(content["caption"]),
-        )
+        return _index_entry(content, path.stat().st_size)
 
     def clip_ids_on_disk(self, geometry: Geometry) -> Iterator[str]:
         """Ids of all latent files of a geometry, indexed or not, sorted."""
@@ -283,7 +306,7 @@ class LatentStore:
 
     def write_index(self, entries: Iterable[IndexEntry]) -> None:
         """Replace the index; lines are sorted by geometry and clip id."""
-        lines = [json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in sorted(entries)]
+        lines = [entry.to_json() + "\n" for entry in sorted(entries)]
         atomic_write_text(self.index_path, "".join(lines))
 
     def clip_ids(self, geometry: Geometry) -> list[str]:
@@ -311,6 +334,17 @@ def is_latent_file(path: Path) -> bool:
 def caption_digest(caption: str) -> str:
     """Short hex digest of a caption: a changed caption needs its clip encoded again."""
     return hashlib.sha256(caption.encode()).hexdigest()[:16]
+
+
+def _index_entry(content: dict[str, Any], num_bytes: int) -> IndexEntry:
+    return IndexEntry(
+        geometry=content["geometry"],
+        clip_id=content["clip_id"],
+        num_bytes=num_bytes,
+        sha256=content["sha256"],
+        caption_sha256=caption_digest(content["caption"]),
+        sampling_fps=content.get("sampling_fps"),
+    )
 
 
 def tensors_digest(tensors: dict[str, Tensor]) -> str:

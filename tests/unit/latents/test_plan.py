@@ -1,0 +1,101 @@
+"""What a run has to do: clips that are new, or no longer as they were encoded."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from exvideo_train.clips.record import ClipRecord, make_clip_id, write_manifest
+from exvideo_train.geometry import Geometry
+from exvideo_train.latents.plan import EncodeSettings, make_plan
+from exvideo_train.latents.store import LatentStore
+
+from .conftest import fingerprint_of
+
+GEOMETRY = Geometry(9, 32, 48, 8)
+
+
+def records(count):
+    return [
+        ClipRecord(make_clip_id("t", str(n), 0, None), "t", f"/videos/{n}.mp4", 0, None, f"caption {n}")
+        for n in range(count)
+    ]
+
+
+def write(store, record):
+    shape = (4, GEOMETRY.num_latent_frames, GEOMETRY.latent_height, GEOMETRY.latent_width)
+    return store.write_clip(
+        record.clip_id,
+        GEOMETRY,
+        torch.zeros(shape),
+        torch.zeros((5, 6)),
+        record.caption,
+        sampling_fps=record.sampling_fps,
+    )
+
+
+@pytest.fixture
+def settings(tmp_path):
+    for part, config in (("vae", {"latent_channels": 2}), ("text_encoder", {"d_model": 6})):
+        (tmp_path / "model" / part).mkdir(parents=True)
+        (tmp_path / "model" / part / "config.json").write_text(json.dumps(config))
+    return EncodeSettings(
+        model_path=tmp_path / "model",
+        store_path=tmp_path / "store",
+        fingerprint=fingerprint_of(GEOMETRY),
+        scaling_factor=0.7,
+        dtype="fp32",
+        tiling=False,
+        text_length=5,
+        decode_workers=1,
+        prefetch_clips=1,
+        clip_timeout_seconds=1.0,
+        recycle_after_clips=1,
+    )
+
+
+def plan_of(settings, clips, max_clips=0):
+    manifest = settings.model_path.parent / "clips.jsonl"
+    write_manifest(manifest, clips)
+    store = LatentStore.open(settings.store_path)
+    return make_plan(settings, store, manifest, retry_quarantined=False, max_clips=max_clips)
+
+
+@pytest.fixture
+def encoded(settings):
+    """Four clips in a store, the last at a rate of its own."""
+    clips = records(4)
+    clips[3] = replace(clips[3], sampling_fps=12.5)
+    store = LatentStore.create(settings.store_path, settings.scaling_factor)
+    store.add_geometry(settings.fingerprint)
+    store.write_index(write(store, record) for record in clips)
+    return clips
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_clips_are_reused_as_long_as_caption_and_rate_are_the_same(settings, encoded, with_index):
+    if not with_index:
+        (settings.store_path / "index.jsonl").unlink()
+    assert plan_of(settings, encoded).num_reused == 4
+    changed = [
+        replace(encoded[0], caption="another"),
+        replace(encoded[1], sampling_fps=10.0),
+        encoded[2],
+        replace(encoded[3], sampling_fps=None),
+    ]
+    plan = plan_of(settings, changed)
+    assert (plan.num_reused, plan.num_changed) == (1, 3)
+    assert [record.clip_id for record in plan.pending] == [changed[n].clip_id for n in (0, 1, 3)]
+
+
+def test_the_rate_stands_in_file_and_index(settings, encoded):
+    store = LatentStore.open(settings.store_path)
+    assert [store.read_entry(record.clip_id, GEOMETRY) for record in encoded] == [
+        store.read_index()[GEOMETRY.name, record.clip_id] for record in encoded
+    ]
+    assert {entry.clip_id: entry.sampling_fps for entry in store.read_index().values()} == {
+        record.clip_id: record.sampling_fps for record in encoded
+    }
+    # Clips at the geometry's rate have the lines that they always had.
+    assert sum("sampling_fps" in line for line in store.index_path.read_text().splitlines()) == 1
