@@ -29,6 +29,7 @@ from exvideo_train.latents.plan import (
     check_writable,
     make_plan,
     sweep_temporary_files,
+    take_from_index,
     write_index,
 )
 from exvideo_train.latents.progress import Progress
@@ -188,6 +189,7 @@ def _prepare(config: EncodeLatents, settings: EncodeSettings, launch: Launch) ->
     print(plan.describe(settings), flush=True)
     store.add_geometry(settings.fingerprint)
     sweep_temporary_files(store, settings.geometry)
+    take_from_index(store, settings.geometry, plan.outdated)
     quarantine = Quarantine(store.path, settings.geometry)
     if config.retry_quarantined:
         for record in plan.pending:
@@ -303,7 +305,7 @@ def _finish(
     """Index, report and tidying up; on a full disk as much of it as fits."""
     try:
         sweep_temporary_files(store, settings.geometry)
-        entries = write_index(store, settings.geometry)
+        entries = write_index(store, settings.geometry, plan.outdated)
         quarantine = Quarantine(store.path, settings.geometry)
         quarantined: Counter[str] = Counter(plan.num_held_back)
         pending = {record.clip_id: record for record in plan.pending}

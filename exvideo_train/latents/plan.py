@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,6 +72,7 @@ class Plan:
         num_repeated: lines that name a clip again.
         num_reused: already encoded with their present caption and rate.
         num_changed: encoded, but with another caption or sampling rate: among the pending.
+        outdated: by id, all clips whose latents are of another caption or rate, those left for later included.
         num_held_back: quarantined by an earlier run, by reason.
         num_later: left for a later run by max_clips.
     """
@@ -80,6 +82,7 @@ class Plan:
     num_repeated: int = 0
     num_reused: int = 0
     num_changed: int = 0
+    outdated: dict[str, ClipRecord] = field(default_factory=dict)
     num_held_back: Counter[str] = field(default_factory=Counter)
     num_later: int = 0
     bytes_per_clip: int = 0
@@ -156,7 +159,10 @@ def make_plan(
         entry = existing.get(record.clip_id)
         if entry is not None and entry.is_of(record):
             plan.num_reused += 1
-        elif record.clip_id in reasons:
+            continue
+        if entry is not None:
+            plan.outdated[record.clip_id] = record
+        if record.clip_id in reasons:
             plan.num_held_back[reasons[record.clip_id]] += 1
         else:
             plan.num_changed += entry is not None
@@ -207,9 +213,29 @@ def check_writable(store_path: Path) -> None:
         raise UserError(f"latents={store_path}: not writable ({error.strerror}); choose another folder") from error
 
 
-def write_index(store: LatentStore, geometry: Geometry) -> dict[str, IndexEntry]:
-    """Bring the index up to date with a geometry's files; returns that geometry's entries."""
-    entries = existing_entries(store, geometry)
+def take_from_index(store: LatentStore, geometry: Geometry, clip_ids: Collection[str]) -> None:
+    """Leave clips out of the index before their files are replaced.
+
+    At no moment may the index name a file that holds something else, nor training read an outdated latent. The files
+    stay until they are replaced: a manifest given by mistake costs nothing.
+    """
+    entries = store.read_index()
+    left = [entry for entry in entries.values() if entry.geometry != geometry.name or entry.clip_id not in clip_ids]
+    if len(left) < len(entries):
+        store.write_index(left)
+
+
+def write_index(store: LatentStore, geometry: Geometry, outdated: Mapping[str, ClipRecord]) -> dict[str, IndexEntry]:
+    """Bring the index up to date with a geometry's files; returns that geometry's entries.
+
+    Args:
+        outdated: clips as they should be by id; their files are left out unless they have been replaced.
+    """
+    entries = {
+        clip_id: entry
+        for clip_id, entry in existing_entries(store, geometry).items()
+        if clip_id not in outdated or entry.is_of(outdated[clip_id])
+    }
     others = [entry for entry in store.read_index().values() if entry.geometry != geometry.name]
     store.write_index([*others, *entries.values()])
     return entries

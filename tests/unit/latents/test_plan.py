@@ -8,7 +8,7 @@ import torch
 
 from exvideo_train.clips.record import ClipRecord, make_clip_id, write_manifest
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.plan import EncodeSettings, make_plan
+from exvideo_train.latents.plan import EncodeSettings, make_plan, take_from_index, write_index
 from exvideo_train.latents.store import LatentStore
 
 from .conftest import fingerprint_of
@@ -99,3 +99,45 @@ def test_the_rate_stands_in_file_and_index(settings, encoded):
     }
     # Clips at the geometry's rate have the lines that they always had.
     assert sum("sampling_fps" in line for line in store.index_path.read_text().splitlines()) == 1
+
+
+def test_index_never_names_an_outdated_clip(settings, encoded):
+    """Whatever stops a run that encodes changed clips again, and whenever."""
+    store = LatentStore.open(settings.store_path)
+    changed = [replace(encoded[0], caption="another"), replace(encoded[1], sampling_fps=10.0), *encoded[2:]]
+    before = {entry.clip_id: entry for entry in store.read_index().values()}
+    plan = plan_of(settings, changed, max_clips=1)
+    assert set(plan.outdated) == {record.clip_id for record in changed[:2]}
+
+    take_from_index(store, GEOMETRY, plan.outdated)
+    assert store.clip_ids(GEOMETRY) == sorted(record.clip_id for record in changed[2:])
+    # Stopped before anything was written: the index stays as it is, and the next run finds the same to do.
+    write_index(store, GEOMETRY, plan.outdated)
+    assert store.clip_ids(GEOMETRY) == sorted(record.clip_id for record in changed[2:])
+    assert plan_of(settings, changed).pending == plan_of(settings, changed, max_clips=2).pending
+
+    # Stopped after one: that one is back, with its new caption.
+    write(store, changed[0])
+    write_index(store, GEOMETRY, plan.outdated)
+    assert store.clip_ids(GEOMETRY) == sorted(changed[n].clip_id for n in (0, 2, 3))
+    entry = store.read_index()[GEOMETRY.name, changed[0].clip_id]
+    assert entry == store.read_entry(changed[0].clip_id, GEOMETRY)
+    assert entry.is_of(changed[0])
+    assert entry != before[changed[0].clip_id]
+
+    write(store, changed[1])
+    write_index(store, GEOMETRY, plan.outdated)
+    plan = plan_of(settings, changed)
+    assert (plan.num_reused, plan.outdated) == (4, {})
+
+
+def test_the_former_manifest_finds_its_clips_again(settings, encoded):
+    store = LatentStore.open(settings.store_path)
+    index = store.index_path.read_bytes()
+    plan = plan_of(settings, [replace(record, caption="") for record in encoded])
+    take_from_index(store, GEOMETRY, plan.outdated)
+    assert not store.read_index()
+    plan = plan_of(settings, encoded)
+    assert plan.num_reused == 4
+    write_index(store, GEOMETRY, plan.outdated)
+    assert store.index_path.read_bytes() == index
