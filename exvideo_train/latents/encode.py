@@ -311,7 +311,8 @@ def _finish(
         pending = {record.clip_id: record for record in plan.pending}
         quarantined.update(entry.reason for entry in quarantine if entry.clip_id in pending)
         encoded = sum(clip_id in entries and entries[clip_id].is_of(record) for clip_id, record in pending.items())
-        report = make_report(plan, totals, encoded, quarantined, wall_seconds, missing)
+        cut_captions = sorted(clip_id for clip_id, entry in entries.items() if entry.num_tokens_cut)
+        report = make_report(plan, totals, encoded, quarantined, wall_seconds, missing, cut_captions)
         WorkList(store.path).remove()
         print(report.describe(), flush=True)
         path = write_report(report, quarantine)

@@ -80,6 +80,10 @@ class ClipEncoder:
         self._embeddings.move_to_end(caption)
         return self._embeddings[caption]
 
+    def num_tokens_cut(self, caption: str) -> int:
+        """Tokens at the caption's end that its embedding does not hold."""
+        return self._text.num_tokens_cut(caption)
+
     def moments(self, frames_FHWC: Tensor) -> Tensor:
         """Moments (2C, T, H, W) on the CPU.
 
@@ -182,9 +186,12 @@ class EncodeLoop:
         if failure is not None:
             self._settle_failure(record, failure)
             return
-        writes.append((record, writer.submit(self._write, record, moments_CTHW, text_LC)))
+        num_tokens_cut = encoder.num_tokens_cut(record.caption)
+        writes.append((record, writer.submit(self._write, record, moments_CTHW, text_LC, num_tokens_cut)))
 
-    def _write(self, record: ClipRecord, moments_CTHW: Tensor, text_LC: Tensor) -> tuple[int, float]:
+    def _write(
+        self, record: ClipRecord, moments_CTHW: Tensor, text_LC: Tensor, num_tokens_cut: int
+    ) -> tuple[int, float]:
         began = time.monotonic()
         entry = self.store.write_clip(
             record.clip_id,
@@ -193,6 +200,7 @@ class EncodeLoop:
             text_LC,
             record.caption,
             sampling_fps=record.sampling_fps,
+            num_tokens_cut=num_tokens_cut,
         )
         return entry.num_bytes, time.monotonic() - began
 

@@ -51,6 +51,12 @@ class TextEncoder:
         text_BLC: Tensor = self._model(tokens.input_ids.to(self.device))[0]
         return text_BLC
 
+    def num_tokens_cut(self, caption: str) -> int:
+        """Tokens at the caption's end that :meth:`encode` leaves out, 0 if it fits."""
+        # verbose=False: the tokenizer's own warning comes once a process and names nothing.
+        tokens = self._tokenizer(caption, truncation=False, add_special_tokens=True, verbose=False)
+        return max(0, len(tokens.input_ids) - self.max_length)
+
     def close(self) -> None:
         """Free the weights."""
         self._model = None

@@ -105,6 +105,7 @@ class EncodeActor:
                 text_LC,
                 record.caption,
                 sampling_fps=record.sampling_fps,
+                num_tokens_cut=self._encoder.num_tokens_cut(record.caption),
             )
             outcome["num_bytes"] = entry.num_bytes
         return failure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Report:
         clips_per_second: encoded by all encoders together.
         *_seconds_per_clip: of one encoder; decoding counts its processes' time together.
         wait_share: of the encoders' time without a decoded clip.
+        cut_captions: ids of the clips of this geometry in the store whose captions are longer than T5 reads.
         projected_seconds: for the remaining clips; None when nothing was encoded.
     """
 
@@ -47,6 +48,8 @@ class Report:
     bytes_written: int
     projected_seconds: float | None
     missing_reports: list[int] = field(default_factory=list)
+    num_cut_captions: int = 0
+    cut_captions: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
         """The report as a few lines."""
@@ -68,6 +71,11 @@ class Report:
         ]
         if self.remaining and self.projected_seconds is not None:
             lines.append(f"projected    {_duration(self.projected_seconds)} for the remaining clips")
+        if self.num_cut_captions:
+            lines.append(
+                f"warning: {self.num_cut_captions} captions are longer than the text encoder reads: their ends are "
+                "cut off; the clips are listed as cut_captions in the report"
+            )
         if self.missing_reports:
             lines.append(f"note: no figures from rank(s) {self.missing_reports}; their clips are counted all the same")
         return "\n".join(lines)
@@ -88,6 +96,7 @@ def make_report(
     quarantined: Counter[str],
     wall_seconds: float,
     missing_reports: list[int],
+    cut_captions: Sequence[str] = (),
 ) -> Report:
     """Put a run's figures together.
 
@@ -96,6 +105,8 @@ def make_report(
         totals: of each encoding process.
         encoded: of the plan's clips, counted in the store: processes that died have no totals.
         quarantined: of all the manifest's clips, by reason.
+        missing_reports: ranks that gave no totals.
+        cut_captions: ids of the store's clips with captions that the text encoder has cut.
     """
     each = list(totals)
 
@@ -125,6 +136,8 @@ def make_report(
         bytes_written=int(total("num_bytes")),
         projected_seconds=remaining / clips_per_second if clips_per_second else None,
         missing_reports=missing_reports,
+        num_cut_captions=len(cut_captions),
+        cut_captions=list(cut_captions),
     )
 
 

@@ -67,6 +67,7 @@ class IndexEntry:
         sha256: of its tensors.
         caption_sha256: of its caption, short.
         sampling_fps: the clip's own rate, None for the geometry's.
+        num_tokens_cut: tokens at the caption's end that the text encoder has not read, None for none.
     """
 
     geometry: str
@@ -75,6 +76,7 @@ class IndexEntry:
     sha256: str
     caption_sha256: str
     sampling_fps: float | None = None
+    num_tokens_cut: int | None = None
 
     def is_of(self, record: ClipRecord) -> bool:
         """Whether the file holds the record as it is now. Its id covers video and span; the rest may change."""
@@ -199,17 +201,19 @@ class LatentStore:
         caption: str,
         *,
         sampling_fps: float | None = None,
+        num_tokens_cut: int = 0,
     ) -> IndexEntry:
         """Write one clip whole or not at all and return its index entry.
 
         Args:
             sampling_fps: the clip's own rate; None when it was sampled at the geometry's.
+            num_tokens_cut: tokens at the caption's end that are not in ``text_LC``.
 
         Raises:
             UserError: the disk is full or not writable.
         """
         tensors = {"moments": moments_CTHW, "text": text_LC}
-        content = {
+        content: dict[str, Any] = {
             "caption": caption,
             "clip_id": clip_id,
             "fingerprint": self.fingerprints[geometry.name].digest(),
@@ -217,6 +221,8 @@ class LatentStore:
         }
         if sampling_fps is not None:
             content["sampling_fps"] = sampling_fps
+        if num_tokens_cut:
+            content["num_tokens_cut"] = num_tokens_cut
         data, sha256 = _encode_file(tensors, content)
         atomic_write_bytes(self.clip_path(clip_id, geometry), data)
         return _index_entry({**content, "sha256": sha256}, len(data))
@@ -344,6 +350,7 @@ def _index_entry(content: dict[str, Any], num_bytes: int) -> IndexEntry:
         sha256=content["sha256"],
         caption_sha256=caption_digest(content["caption"]),
         sampling_fps=content.get("sampling_fps"),
+        num_tokens_cut=content.get("num_tokens_cut"),
     )
 
 

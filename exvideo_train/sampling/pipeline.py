@@ -6,6 +6,7 @@ Axis letters: C channel, T latent frames, F video frames, H height, W width, L t
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -99,6 +100,14 @@ def _encode_prompts(sampling: Sampling, prompts: Sequence[str]) -> dict[str, Ten
     family = backbone_family(sampling.model_path)
     length = family.text_length(backbone_config(sampling.model_path))
     with closing(TextEncoder(sampling.model_path, sampling.device, sampling.dtype, length)) as encoder:
+        for prompt in dict.fromkeys(prompts):
+            if num_cut := encoder.num_tokens_cut(prompt):
+                print(
+                    f"warning: the prompt has {length + num_cut} tokens and the model reads {length}: its end is left "
+                    f"out, shorten it: {prompt}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         return {prompt: encoder.encode([prompt]).to("cpu", sampling.dtype) for prompt in dict.fromkeys(["", *prompts])}
 
 

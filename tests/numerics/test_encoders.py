@@ -43,6 +43,22 @@ def test_text_equals_diffusers_pipeline(model_path, pipeline):
     torch.testing.assert_close(one_by_one, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [16, 226])
+def test_tokens_that_are_cut_are_counted(model_path, length):
+    """As many as the tokenizer gives beyond the limit, its end token included."""
+    encoder = TextEncoder(model_path, "cpu", torch.float32, length)
+    words = "a rabbit wakes up and stretches in the morning sun " * 40
+    longest = max(n for n in range(len(words)) if encoder.num_tokens_cut(words[:n]) == 0)
+    assert encoder.num_tokens_cut("") == 0
+    fits, beyond = words[:longest], words[: longest + 40]
+    assert encoder.num_tokens_cut(beyond) > 0
+    # The embedding is of the cut caption: what follows the limit changes nothing, what precedes it does.
+    assert torch.equal(encoder.encode([beyond]), encoder.encode([beyond + " and so on"]))
+    assert not torch.equal(encoder.encode([fits]), encoder.encode([fits[:-12]]))
+    # Counting leaves the tokenizer's padding and cutting as they were.
+    assert encoder.encode([words]).shape[1] == length
+
+
 def test_text_equals_transformers_without_mask(model_path):
     from transformers import AutoTokenizer, T5EncoderModel
 

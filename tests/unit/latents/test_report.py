@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from dataclasses import asdict
 
 from exvideo_train.latents.encode_worker import Totals
 from exvideo_train.latents.plan import Plan
@@ -37,3 +38,11 @@ def test_report_adds_up():
     assert "quarantined  9" in text
     assert "timeout              4" in text
     assert "projected    25 s" in text
+
+
+def test_cut_captions_are_counted_and_listed():
+    plan = Plan(pending=[None] * 3, num_clips=3)
+    report = make_report(plan, [], 3, Counter(), 1, [], ["clip_a", "clip_b"])
+    assert "2 captions are longer" in report.describe()
+    assert asdict(report)["cut_captions"] == ["clip_a", "clip_b"]
+    assert "captions" not in make_report(plan, [], 3, Counter(), 1, []).describe()
