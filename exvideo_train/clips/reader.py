@@ -73,8 +73,11 @@ def read_frames(record: ClipRecord, geometry: Geometry, num_threads: int = 0) ->
     moments = [record.start_seconds + index / fps for index in range(geometry.num_frames)]
     _check_span(record, moments[-1])
     frames_FHWC = torch.empty((geometry.num_frames, geometry.height, geometry.width, 3), dtype=torch.uint8)
+    # Through numpy: torch would wake its threads for each copy, and their waiting takes the decoder's cores (129 frames
+    # of 720p on 2 cores: 2.2 s of CPU time instead of 1.3).
+    target = frames_FHWC.numpy()
     for index, frame_HWC in iter_frames(record.video, moments, geometry.height, geometry.width, num_threads):
-        frames_FHWC[index] = torch.from_numpy(frame_HWC)
+        target[index] = frame_HWC
     return frames_FHWC
 
 
