@@ -49,6 +49,8 @@ class Reason(str, Enum):
     """The span reaches beyond the end of the video."""
     TOO_SHORT = "too_short"
     """The span, or the video, is shorter than the frames asked for."""
+    BAD_TIMESTAMPS = "bad_timestamps"
+    """Frames without timestamps, or with timestamps that step back or leap ahead."""
     CORRUPT = "corrupt"
     """Damaged inside: packets that do not decode."""
     TIMEOUT = "timeout"

@@ -43,6 +43,9 @@ TIME_TOLERANCE_SECONDS = 0.0015
 _SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int"
 _PLANAR_RGB = "gbrp"
 _UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
+# From the span's start on. More than frames in the wrong order, and longer than anything that is worth a clip.
+_STEP_BACK_SECONDS = 0.5
+_LEAP_SECONDS = 60.0
 # After a seek that landed too late (MPEG-TS, broken indexes) step back this much further, and at last to the start.
 _SEEK_BACK_SECONDS = (0.0, 3.0, 20.0, math.inf)
 
@@ -224,9 +227,14 @@ def _timed_frames(
             raise UnreadableClip(Reason.CORRUPT, f"{video} after {max(seconds, 0):.2f} s: {error}") from None
         for frame in frames:
             if frame.pts is None or frame.time_base is None:
-                raise UnreadableClip(Reason.CORRUPT, f"{video} has frames without timestamps")
+                raise UnreadableClip(Reason.BAD_TIMESTAMPS, f"{video} has frames without timestamps")
             moment = float((frame.pts - origin) * frame.time_base)
-            # Timestamps that step back come of damage; a frame is shown when its predecessor was.
+            leaps = math.isfinite(seconds) and moment > max(start, seconds) + _LEAP_SECONDS
+            if leaps or start <= seconds > moment + _STEP_BACK_SECONDS:
+                raise UnreadableClip(
+                    Reason.BAD_TIMESTAMPS, f"{video} has a frame at {moment:.2f} s after one at {seconds:.2f} s"
+                )
+            # A small step back comes of damage; a frame is shown when its predecessor was.
             seconds = max(seconds, moment)
             if frame.is_corrupt:
                 if seconds < start - TIME_TOLERANCE_SECONDS:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.broken import write_broken, write_good
 
 from exvideo_train.clips.container import UnreadableClip, probe_video
 from exvideo_train.clips.reader import read_frames
@@ -221,58 +222,9 @@ def test_full_size_frames_are_never_all_in_memory(video, tmp_path):
 # --- broken inputs ---------------------------------------------------------------------------------------------
 
 
-def audio_only(path: Path) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=44100, layout="mono")
-        tone = av.AudioFrame.from_ndarray(np.zeros((1, 44100 * 3), np.float32), format="fltp", layout="mono")
-        tone.sample_rate = 44100
-        container.mux(stream.encode(tone))
-        container.mux(stream.encode(None))
-
-
 @pytest.fixture(scope="module")
-def good(video, tmp_path_factory) -> Path:
-    rng = np.random.default_rng(0)
-    noise = [rng.integers(0, 255, (96, 128, 3), np.uint8) for _ in range(100)]
-    return video(tmp_path_factory.mktemp("good") / "good.mp4", frames=noise)
-
-
-def broken(kind: str, good: Path, path: Path, video: Callable[..., Path]) -> None:
-    content = good.read_bytes()
-    if kind == "cut_off":
-        path.write_bytes(content[: len(content) // 2])
-    elif kind == "cut_off_matroska":
-        whole = path.with_name("whole.mkv")
-        with av.open(str(good)) as source, av.open(str(whole), "w") as target:
-            stream = target.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(video=0):
-                if packet.dts is not None:
-                    packet.stream = stream
-                    target.mux(packet)
-        path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 3])
-    elif kind == "zero_bytes":
-        path.write_bytes(b"")
-    elif kind == "text":
-        path.write_text("<html>429 Too Many Requests</html>\n" * 50)
-    elif kind == "audio":
-        audio_only(path)
-    elif kind == "one_frame":
-        video(path, frames=1)
-    elif kind == "corrupt_packets":
-        rng = np.random.default_rng(1)
-        middle = len(content) // 3
-        damage = rng.integers(0, 255, len(content) // 10, np.uint8).tobytes()
-        path.write_bytes(content[:middle] + damage + content[middle + len(damage) :])
-    elif kind == "unknown_codec":
-        path.write_bytes(content.replace(b"avc1", b"zzz9"))
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "intact":
-        path.write_bytes(content)
-    else:
-        assert kind == "absent"
+def good(tmp_path_factory) -> Path:
+    return write_good(tmp_path_factory.mktemp("good") / "good.mp4")
 
 
 BROKEN = [
@@ -283,6 +235,8 @@ BROKEN = [
     ("text", 0.0, None, "not_video"),
     ("audio", 0.0, None, "no_video_stream"),
     ("one_frame", 0.0, None, "too_short"),
+    ("jumping_timestamps", 0.0, None, "bad_timestamps"),
+    ("returning_timestamps", 0.0, None, "bad_timestamps"),
     ("corrupt_packets", 0.0, None, "corrupt"),
     ("unknown_codec", 0.0, None, "unsupported_codec"),
     ("folder", 0.0, None, "not_a_file"),
@@ -296,9 +250,9 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("kind", "start", "end", "reason"), BROKEN)
-def test_each_broken_input_has_its_own_reason(kind, start, end, reason, good, video, clip, tmp_path):
+def test_each_broken_input_has_its_own_reason(kind, start, end, reason, good, clip, tmp_path):
     path = tmp_path / "broken.mp4"
-    broken(kind, good, path, video)
+    write_broken(kind, good, path)
     with pytest.raises(UnreadableClip) as caught:
         read_frames(clip(path, start, end), SMALL)
     assert caught.value.reason == reason, caught.value
