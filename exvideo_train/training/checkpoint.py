@@ -48,6 +48,7 @@ class TrainingState:
         num_updates: updates applied; step minus the skipped ones.
         num_skipped: updates skipped for non-finite gradients.
         config: the run's options as plain values.
+        clips_sha256: of the geometries and ids of the training clips, on which the sample order depends.
     """
 
     step: int
@@ -55,6 +56,7 @@ class TrainingState:
     num_updates: int
     num_skipped: int
     config: dict[str, Any]
+    clips_sha256: str = ""
 
 
 class CorruptCheckpoint(UserError):

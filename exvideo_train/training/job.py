@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -49,6 +50,13 @@ class Data:
     buckets: list[tuple[Geometry, list[str]]]
     held_out: list[str]
     order: SampleOrder
+
+    def sha256(self) -> str:
+        """Changes when the training clips do: then positions stand for other clips."""
+        digest = hashlib.sha256()
+        for geometry, clip_ids in self.buckets:
+            digest.update(" ".join([geometry.name, *clip_ids, ""]).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +190,11 @@ def prepare(config: Train, mesh: Mesh, log: Log, beat: Callable[[str], None]) ->
         notes = mesh.main_first(lambda: check_same_run(found.state.config, plain_config(config)))
         for note in notes:
             log(f"option changed since the checkpoint: {note}")
+        if found.state.clips_sha256 != data.sha256():
+            log(
+                "the training clips of the store have changed since the checkpoint: the run goes on with the new ones, "
+                "and some clips may come twice or not at all in this epoch"
+            )
 
     # 2. The backbone straight onto the device, then the adapter, then what the checkpoint knows of it.
     beat("loading the backbone")

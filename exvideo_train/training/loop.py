@@ -264,7 +264,8 @@ class Trainer:
                 self.logger.message(f"curves.png not written: {error}")
 
     def _state(self) -> TrainingState:
-        return TrainingState(self.step, self.position, self.num_updates, self.num_skipped, plain_config(self.config))
+        options, clips = plain_config(self.config), self.job.data.sha256()
+        return TrainingState(self.step, self.position, self.num_updates, self.num_skipped, options, clips)
 
     def _save(self, wait: bool) -> dict[str, dict[str, Tensor]]:
         """Copy the state to rank 0's host memory, then write it in the background."""
