@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 
 # EX_TEMPFAIL of sysexits.h: the same command later goes on.
@@ -68,6 +69,8 @@ class Interruption:
 @contextmanager
 def stop_signals_held() -> Iterator[None]:
     """Signals that come inside take effect afterwards; processes started inside are born with them blocked."""
+    # Python's tracker of shared memory unblocks signals when it is first started, up to 3.12.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

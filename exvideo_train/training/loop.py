@@ -38,9 +38,10 @@ def run(config: Train) -> int:
     """Train, or go on training, in ``config.run_dir``; returns the exit status (0, or 75: run me again)."""
     mesh = init_mesh(config.parallel.sequence, max(60.0, 2 * config.safety.rank_timeout_seconds))
     logger = RunLogger(Path(config.run_dir), config.logger, plain_config(config), mesh.is_main)
+    # The watchdog inside: a launcher's signal must not end it before it has named the rank that failed.
     with (
-        Watchdog(mesh.rank, mesh.world_size, config.safety.rank_timeout_seconds) as watchdog,
         Interruption(config.safety.time_limit_minutes) as interruption,
+        Watchdog(mesh.rank, mesh.world_size, config.safety.rank_timeout_seconds) as watchdog,
     ):
         job = prepare(config, mesh, logger.message, watchdog.beat)
         trainer = Trainer(job, logger, watchdog, interruption)

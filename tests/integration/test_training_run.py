@@ -11,7 +11,7 @@ from support.trained import NAN_CLIP, SHORT_CLIPS, Trained
 from exvideo_train.adapters.formats import read_adapter
 from exvideo_train.training.checkpoint import list_checkpoints, load_checkpoint
 
-# What encodes: the training process needs none of it.
+# What encodes: the training process needs none of it. (PEFT imports the base classes of transformers.)
 ENCODERS = (
     "transformers.models.t5",
     "diffusers.models.autoencoders",
@@ -19,7 +19,6 @@ ENCODERS = (
     "decord",
     "av",
     "cv2",
-    "sentencepiece",
 )
 
 
@@ -45,7 +44,7 @@ def test_exported_adapter_loads(trained: Trained) -> None:
     # The run was continued to step 6.
     adapter = read_adapter(trained.run_dir("bf16") / "adapter.safetensors")
     assert (adapter.rank, adapter.alpha) == (8, 8.0)
-    assert adapter.provenance["step"] in (6, "6")
+    assert int(adapter.provenance["steps"]) == 6
     checkpoint = load_checkpoint(trained.checkpoint("bf16", 6)).tensors("lora")
     assert all(torch.equal(adapter.tensors[name], tensor) for name, tensor in checkpoint.items())
 

@@ -25,6 +25,7 @@ def test_extension_gap_before_training_by_hand(trained: Trained) -> None:
     model = load_backbone(trained.model, torch.float32, torch.device("cpu"))
     store, schedule = LatentStore.open(trained.latents), NoiseSchedule.from_model(trained.model)
     _, held_out = split_held_out(store.clip_ids(LONG), 3)
+    assert recorded["num_clips"] == 3
     by_frame = []
     for number, clip_id in enumerate(held_out):
         stored = store.read(clip_id, LONG)

@@ -66,7 +66,7 @@ def _returning_timestamps(good: Path, path: Path) -> None:
 
 
 def _hang(good: Path, path: Path) -> None:
-    """The reader looks for the next cluster in zeros without end."""
+    """After the first second the reader looks for the next cluster in zeros without end."""
     content = _as_matroska(good, path)
     second = content.index(CLUSTER, content.index(CLUSTER) + 4)
     path.write_bytes(content[:second])

@@ -20,7 +20,7 @@ from support.store import BASE, LONG, SHORT, clip_ids, write_store
 
 STEPS = 20
 # Epochs of 14 clips and steps of 4: a group crosses the border of two epochs.
-SHORT_CLIPS, BASE_CLIPS, LONG_CLIPS = clip_ids(14), clip_ids(7, 20), clip_ids(6, 40)
+SHORT_CLIPS, BASE_CLIPS, LONG_CLIPS = clip_ids(14), clip_ids(7, 20), clip_ids(12, 40)
 NAN_CLIP = SHORT_CLIPS[5]
 CROSS_STEPS = 7
 MIXED = [

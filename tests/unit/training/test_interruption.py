@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from exvideo_train.training.interruption import Interruption
@@ -51,3 +53,42 @@ def test_a_second_signal_exits_at_once() -> None:
     assert "still here" not in done.stdout
     assert "finishing the step" in done.stderr
     assert "exiting at once" in done.stderr
+
+
+READER = """
+import os, signal, sys, time
+from torch.utils.data import DataLoader
+from exvideo_train.training.interruption import obey_only_the_parent, stop_signals_held
+
+def start(worker):
+    obey_only_the_parent()
+
+if __name__ == "__main__":
+    loader = DataLoader(range(10**6), num_workers=1, multiprocessing_context="spawn", worker_init_fn=start)
+    with stop_signals_held():
+        batches = iter(loader)
+    next(batches)
+    (reader,) = [worker.pid for worker in batches._workers]
+    print(reader, flush=True)
+    sys.stdin.readline()
+    for _ in range(100):
+        next(batches)
+    print("goes on", flush=True)
+"""
+
+
+def test_readers_outlive_signals_but_not_their_rank(tmp_path: Path) -> None:
+    """Signals that a terminal or a launcher sends to every process of a job."""
+    script = tmp_path / "reader.py"
+    script.write_text(READER)
+    process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    reader = int(process.stdout.readline())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(reader, number)
+    time.sleep(0.3)
+    output, _ = process.communicate("\n", timeout=60)
+    assert output == "goes on\n"
+    assert process.returncode == 0
+    assert not psutil.pid_exists(reader) or psutil.Process(reader).status() == psutil.STATUS_ZOMBIE
