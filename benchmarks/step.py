@@ -6,7 +6,8 @@
 
 Both hold the same random weights (copied, made on the device), the same LoRA, bf16 frozen weights, fp32 LoRA, bf16
 autocast and torch's AdamW, and are checked to give the same loss and the same gradient norm before anything is timed.
-The compared runs take turns within one process; a table of medians goes to OUTPUT.md and all figures to OUTPUT.json.
+The compared runs take turns within one process; a table of medians goes to OUTPUT.md and all figures to OUTPUT.json
+(benchmarks/results/step, or step_gpu for a GPU).
 What runs out of memory is a row that says OOM. FLOPs are exact (exvideo_train.parallel.cost); TFLOP/s counts what is
 executed, recomputation included, MFU only what any implementation must compute.
 """
@@ -45,10 +46,19 @@ from exvideo_train.parallel.trace import StepMeter
 
 GIB = 2**30
 DTYPE = torch.bfloat16
-DEFAULTS = {"device": "cuda", "frames": "49,129", "repeats": "", "output": "benchmarks/results/step", "model": "5b"}
+DEFAULTS = {"device": "cuda", "frames": "49,129", "repeats": "", "output": "", "model": "5b"}
 # On a CPU: the same layers, narrow and few, on small frames.
 SMALL = {"num_layers": 4, "num_attention_heads": 4, "text_embed_dim": 256, "time_embed_dim": 128}
 SMALL_SIZE, FULL_SIZE = (64, 96), (480, 720)
+# Below a CPU's table, which is no substitute for it.
+NO_GPU = """
+Two rows are the same work under two names, `recompute=full` and `recompute=full, attention=flash`: by how much they
+differ is the noise of this table.
+
+## GPU, full-size CogVideoX-5B, 49 and 129 frames of 480x720
+
+not measured
+"""
 SMALL_RANK, FULL_RANK = 8, 64
 
 
@@ -326,6 +336,7 @@ def machine(device: torch.device, options: dict[str, str]) -> dict[str, Any]:
     """What the figures were measured on."""
     repository = Path(__file__).resolve().parent.parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repository, capture_output=True, text=True, check=False)
+    threads = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS",) if name in os.environ]
     packages = ("torch", "diffusers", "peft", "transformers")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
@@ -336,7 +347,9 @@ def machine(device: torch.device, options: dict[str, str]) -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in packages},
         "cuda": torch.version.cuda,
         "commit": commit.stdout.strip() or None,
-        "command": " ".join(["python", "benchmarks/step.py", *(f"{name}={value}" for name, value in options.items())]),
+        "command": " ".join(
+            [*threads, "python", "benchmarks/step.py", *(f"{name}={value}" for name, value in options.items())]
+        ),
     }
 
 
@@ -411,10 +424,10 @@ def main(arguments: Sequence[str]) -> None:
     rows = [row for frames in lengths for row in benchmark.run(frames, repeats)]
     table = markdown(rows, about, device_peak_flops(device))
     print(table)
-    output = Path(options["output"])
+    output = Path(options["output"] or f"benchmarks/results/step{'_gpu' if device.type == 'cuda' else ''}")
     content = {**about, "same_work": same_work, "repeats": repeats, "rows": [_as_json(row) for row in rows]}
     atomic_write_json(output.with_suffix(".json"), content)
-    atomic_write_text(output.with_suffix(".md"), "# Training step\n\n" + table)
+    atomic_write_text(output.with_suffix(".md"), "# Training step\n\n" + table + ("" if benchmark.on_gpu else NO_GPU))
 
 
 def _as_json(row: Row) -> dict[str, Any]:
