@@ -76,6 +76,10 @@ def exit_with_parent() -> None:
 def _serve(connection: Connection, geometry: Geometry) -> None:
     """Main function of a worker: records in, frames or failures out, until the pipe closes."""
     exit_with_parent()
+    # Before the first clip's time begins to run: on a busy machine these take longer than a clip.
+    import av  # noqa: F401
+    import torch  # noqa: F401
+
     from exvideo_train.clips.reader import UnreadableClip, read_frames
 
     connection.send("ready")
