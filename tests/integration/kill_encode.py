@@ -6,6 +6,7 @@ python tests/integration/kill_encode.py --kills 20 --folder /tmp/kills
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import random
 import signal
@@ -15,6 +16,8 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# Of a busy machine; an idle one needs seconds.
+PATIENCE_SECONDS = 300
 
 
 def write_clips(folder: Path, num_clips: int) -> None:
@@ -46,7 +49,16 @@ def start(folder: Path, store: str) -> subprocess.Popen[bytes]:
         "device=cpu",
     ]
     log = open(folder / f"{store}.log", "ab")  # noqa: SIM115 - the process keeps it
-    return subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
+    process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
+    atexit.register(end, process)
+    return process
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Leave no run behind, however this script ends. An id is ours until its process has been waited for."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def files_of(store: Path) -> dict[str, bytes]:
@@ -66,7 +78,7 @@ def kill_once(folder: Path, store: str, chance: random.Random, whole_group: bool
     # Moments while starting, while clips are written, and within the writing of one.
     before = num_latents(folder / store)
     wanted = before + chance.choice([0, 1, 1, 1, 2, 2, 3])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while num_latents(folder / store) < wanted and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(chance.uniform(0, 0.15) if wanted > before else chance.uniform(0, 8))
@@ -83,7 +95,7 @@ def kill_once(folder: Path, store: str, chance: random.Random, whole_group: bool
     return alive
 
 
-def wait_for_children(group: int, seconds: float = 20) -> None:
+def wait_for_children(group: int, seconds: float = 120) -> None:
     """A coordinator killed alone takes its encoders and decoders with it."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from support.processes import ended
 
 from exvideo_train.clips.reader import read_frames
 from exvideo_train.clips.record import ClipRecord, make_clip_id, write_manifest
@@ -25,6 +27,8 @@ from exvideo_train.latents.store import LatentStore
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = "data_prep/encode_latents.py"
 GEOMETRY = Geometry(9, 64, 96, 25)
+# A run takes 10 s on an idle machine; a busy one may need many times as long.
+TIMEOUT_SECONDS = 840
 
 
 def record_of(video, start, caption, end=None):
@@ -53,6 +57,12 @@ def data(tmp_path_factory, clip_path):
     return folder, good, bad
 
 
+@pytest.fixture
+def run_command(run_command):
+    """The shared fixture, with this file's patience."""
+    return partial(run_command, timeout_seconds=TIMEOUT_SECONDS)
+
+
 def arguments(model, manifest, store, *more):
     return [
         SCRIPT,
@@ -79,15 +89,34 @@ def identity(store):
     return {name: path.read_bytes() for name, path in names.items() if not name.startswith("reports/")}
 
 
+def finish(command, cwd, timeout_seconds=TIMEOUT_SECONDS):
+    """Run a command to its end: (exit status, its output, what it wrote to stderr)."""
+    with ended(
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
+    ) as process:
+        stdout, stderr = process.communicate(timeout=timeout_seconds)
+        return process.returncode, stdout, stderr
+
+
+def wait_until(condition, process):
+    """Poll until a condition holds; the process must live meanwhile."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+    return found
+
+
 @pytest.fixture(scope="module")
 def whole(data, tiny_model_5b, tmp_path_factory):
     """The store of an uninterrupted run over all clips, and that run's output."""
     store = tmp_path_factory.mktemp("whole") / "store"
     command = arguments(tiny_model_5b, data[0] / "clips.jsonl", store)
     command[0] = str(REPOSITORY / SCRIPT)
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=store.parent)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return store, result.stdout
+    status, stdout, stderr = finish([sys.executable, *command], store.parent)
+    assert status == 0, stdout + stderr
+    return store, stdout
 
 
 @pytest.fixture(scope="module")
@@ -187,11 +216,11 @@ def test_full_disk_stops_with_a_message_and_a_later_run_continues(
     # No file may grow beyond 8 KiB: latents do not fit, as on a full disk.
     command = [sys.executable, str(REPOSITORY / SCRIPT), *arguments(tiny_model_5b, data[0] / "good.jsonl", store)[1:]]
     limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *command]
-    result = subprocess.run(limited, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert "cannot write" in result.stderr
-    assert "free space" in result.stderr
-    assert "Traceback" not in result.stderr
+    status, stdout, stderr = finish(limited, tmp_path)
+    assert status == 2, stdout + stderr
+    assert "cannot write" in stderr
+    assert "free space" in stderr
+    assert "Traceback" not in stderr
     assert len(LatentStore.open(store).clip_ids(GEOMETRY)) == 2
     assert not list(store.rglob("*.tmp"))
     result = run_command(arguments(tiny_model_5b, data[0] / "good.jsonl", store))
@@ -230,16 +259,15 @@ def _runs_spawned_work(process):
 def test_dead_encoder_is_replaced_and_interruption_reports(data, tiny_model_5b, tmp_path, good_identity, run_command):
     store = tmp_path / "store"
     command = [sys.executable, str(REPOSITORY / SCRIPT), *arguments(tiny_model_5b, data[0] / "good.jsonl", store)[1:]]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
-    while not (encoders := _encoders(process)) or not list(store.glob("reports/work/taken/*")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    encoders[0].kill()
-    while not [child for child in _encoders(process) if child.pid != encoders[0].pid]:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    with ended(
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    ) as process:
+        wait_until(lambda: list(store.glob("reports/work/taken/*")), process)
+        first = wait_until(lambda: _encoders(process), process)[0]
+        first.kill()
+        wait_until(lambda: [child for child in _encoders(process) if child.pid != first.pid], process)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 130, output
     assert "died (exit code -9) and is replaced" in output
     assert "the same command again continues" in output
@@ -292,6 +320,7 @@ def test_store_commands(data, tiny_model_5b, run_command, tmp_path, whole):
 
 def test_killed_runs_end_in_the_uninterrupted_store(tmp_path):
     script = REPOSITORY / "tests" / "integration" / "kill_encode.py"
-    command = [sys.executable, script, "--kills", "3", "--clips", "14", "--folder", tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr
+    status, stdout, stderr = finish(
+        [sys.executable, script, "--kills", "3", "--clips", "14", "--folder", tmp_path], tmp_path
+    )
+    assert status == 0, stdout + stderr
