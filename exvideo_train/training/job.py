@@ -81,9 +81,10 @@ class Job:
 
     @cache  # noqa: B019 (a process has one job)
     def flops_per_sample(self, geometry: Geometry) -> float:
-        """FLOPs of one sample's forward, recomputation and backward pass."""
+        """FLOPs that one sample's forward and backward pass need; recomputation is work, but no progress."""
         config = backbone_config(self.model_path)
-        return training_flops_per_sample(config, self.config.lora, geometry, self.config.memory.recompute).total
+        flops = training_flops_per_sample(config, self.config.lora, geometry, self.config.memory.recompute)
+        return flops.forward + flops.backward
 
     def autocast(self) -> torch.autocast:
         """Products in the compute dtype, whatever the weights are kept in."""

@@ -26,7 +26,8 @@ class Speed:
         step_seconds: wall time of an optimizer step, everything included.
         phase_seconds: by phase; "other" is the rest (logging, checkpoint copies, validation).
         samples_per_second, video_tokens_per_second: over all ranks.
-        achieved_tflops: of this rank's device; mfu is its share of the device's peak, None where that is unknown.
+        achieved_tflops: of this rank's device, recomputation not counted; mfu is its share of the device's peak,
+            None where that is unknown.
         peak_allocated_gib, peak_reserved_gib: device memory since start (host memory of the process on a CPU).
     """
 

@@ -140,7 +140,6 @@ class JointAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.head_dim = config.attention_head_dim
-        self.head_dim = config.attention_head_dim
         self.attend: Attend = attend_whole
         dim = config.inner_dim
         self.norm_q = LayerNorm(config.attention_head_dim, eps=QK_NORM_EPS)
