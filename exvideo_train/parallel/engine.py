@@ -1,7 +1,8 @@
 """The one file that knows DeepSpeed.
 
 The engine runs in fp32: ``bf16.enabled`` would cast the LoRA to bf16 with the rest. The backbone is bf16 because it was
-loaded so, the LoRA fp32 because it was made so, and products are computed in bf16 by autocast around the forward pass.
+loaded so, the LoRA fp32 because it was made so, and products are computed in bf16 by autocast inside the forward pass
+(on CUDA the engine turns off an autocast that is on around it).
 
 State is read and written parameter by parameter in full fp32 tensors, so that what is saved knows nothing of ZeRO's
 stage or of the number of ranks.
@@ -173,7 +174,9 @@ class TrainingEngine:
                     tensor = safe_get_full_optimizer_state(parameter, key)
                 if self.mesh.is_main:
                     shape = getattr(parameter, "ds_shape", parameter.shape)
-                    gathered[key][name] = tensor.detach().reshape(shape).to("cpu", copy=True)
+                    # ZeRO-1 and 2 hand out a buffer of its own, ZeRO-3 may hand out its state itself.
+                    copy = hasattr(parameter, "ds_id")
+                    gathered[key][name] = tensor.detach().reshape(shape).to("cpu", copy=copy)
         return gathered
 
     def load_optimizer_state(self, read: Callable[[str, str], Tensor], num_updates: int) -> None:
