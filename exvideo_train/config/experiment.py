@@ -188,7 +188,8 @@ class ValidationConfig:
     sample_prompts: list[str] = field(default_factory=list)
     """Prompts of the sample videos; empty takes the captions of the first two held-out clips."""
     sample_device: str = "cpu"
-    """Device of the process that makes sample videos: name a GPU that does not train, like cuda:7."""
+    """Device of the process that makes sample videos: name a GPU that does not train, like cuda:7, by the machine's
+    own numbers."""
 
 
 @dataclass

@@ -44,12 +44,6 @@ def choose_attention(
             "128 does not divide, as all of CogVideoX's; use torch 2.11 or newer, or memory.attention=auto"
         )
     prefers_package = kernel is AttentionKernel.auto and device.type == "cuda" and _has_flash_attn(device)
-    if kernel is AttentionKernel.cudnn and device.type == "cuda" and not _cudnn_is_safe():
-        raise UserError(
-            f"memory.attention=cudnn: with torch {torch.__version__} cuDNN's attention is unsafe for lengths that "
-            "128 does not divide, as all of CogVideoX's; use torch 2.11 or newer, or memory.attention=auto"
-        )
-    prefers_package = kernel is AttentionKernel.auto and device.type == "cuda" and _has_flash_attn(device)
     if kernel is AttentionKernel.flash_attn or prefers_package:
         attend = _flash_attn_package()
     elif kernel is AttentionKernel.auto:

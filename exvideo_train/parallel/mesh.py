@@ -120,6 +120,9 @@ def init_mesh(sequence_size: int, timeout_seconds: float) -> Mesh:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    if "SLURM_PROCID" in os.environ and torch.cuda.device_count() == 1:
+        # Slurm was asked to show each task its own GPU only (--gpus-per-task=1).
+        os.environ["LOCAL_RANK"] = "0"
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:

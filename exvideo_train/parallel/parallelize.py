@@ -23,7 +23,7 @@ class Applied:
 
 
 def parallelize(backbone: nn.Module, config: Experiment, mesh: Mesh, compute_dtype: torch.dtype) -> Applied:
-    """Apply attention kernel, sequence parallelism, compilation and recomputation to a backbone with LoRA.
+    """Apply attention kernel, sequence parallelism, compilation, recomputation and autocast to a backbone with LoRA.
 
     Args:
         backbone: a network with ``blocks``, ``run_block``, ``split_sequence``, ``join_sequence`` and attention modules
@@ -58,4 +58,9 @@ def parallelize(backbone: nn.Module, config: Experiment, mesh: Mesh, compute_dty
     runner = block_runner(config.memory.recompute, has_dropout=config.lora.dropout > 0)
     if runner is not None:
         backbone.run_block = runner  # type: ignore[assignment]
+
+    # 5. Autocast inside the forward pass: on CUDA, DeepSpeed's engine turns off one that is on around it.
+    if compute_dtype != torch.float32:
+        autocast = torch.autocast(mesh.device.type, dtype=compute_dtype)
+        backbone.forward = autocast(backbone.forward)  # type: ignore[method-assign]
     return Applied(kernel)

@@ -86,11 +86,6 @@ class Job:
         flops = training_flops_per_sample(config, self.config.lora, geometry, self.config.memory.recompute)
         return flops.forward + flops.backward
 
-    def autocast(self) -> torch.autocast:
-        """Products in the compute dtype, whatever the weights are kept in."""
-        enabled = self.compute_dtype != torch.float32
-        return torch.autocast(self.mesh.device.type, dtype=self.compute_dtype, enabled=enabled)
-
 
 def plain_config(config: Experiment) -> dict[str, Any]:
     """A config as JSON values."""

@@ -134,7 +134,7 @@ class Trainer:
             with meter.phase("data"):
                 batch = self._next_batch()
             beat("forward")
-            with meter.phase("forward"), job.autocast():
+            with meter.phase("forward"):
                 self._seed_dropout(micro_step)
                 noisy_BTCHW = add_noise(job.schedule, batch.latents_BTCHW, batch.noise_BTCHW, batch.timesteps_B)
                 velocity_BTCHW = velocity_target(
@@ -249,7 +249,7 @@ class Trainer:
         record = {}
         names = ["validation"] + (["validation_ema"] if self.config.optim.ema_decay and self.step else [])
         for name in names:
-            with self.engine.weights("ema" if name.endswith("ema") else "lora"), self.job.autocast():
+            with self.engine.weights("ema" if name.endswith("ema") else "lora"):
                 result = validator.run(self.engine.module)
             record[name] = result.to_json()
             gap = "" if result.extension_gap is None else f", extension gap {result.extension_gap:.4f}"

@@ -108,4 +108,6 @@ def _environment() -> dict[str, str]:
         "CROSS_RANK",
         "CROSS_SIZE",
     )
-    return {name: value for name, value in os.environ.items() if name not in launcher}
+    # The deepspeed launcher (which alone sets CROSS_RANK) shows its ranks the GPUs that train, and no other.
+    hidden = (*launcher, "CUDA_VISIBLE_DEVICES") if "CROSS_RANK" in os.environ else launcher
+    return {name: value for name, value in os.environ.items() if name not in hidden}
