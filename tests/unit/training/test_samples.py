@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from exvideo_train.config.experiment import Experiment
+from exvideo_train.training.samples import SampleProcess, _environment
+
+
+def test_failing_sample_videos_are_told_and_harm_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    config = Experiment()
+    samples = SampleProcess(config, tmp_path, tmp_path / "no model", said.append)
+    folder = tmp_path / "samples" / "step_00000010"
+    samples.start(folder / "adapter.safetensors", ["a caption\nof two lines"])
+    assert (folder / "prompts.txt").read_text() == "a caption of two lines\n"
+    samples.start(tmp_path / "samples" / "step_00000020" / "adapter.safetensors", ["a caption"])
+    assert said == ["no sample videos for step_00000020: the last ones are not finished"]
+    samples.finish()
+    assert said[1] == f"sample videos failed (status 2); see {folder / 'log.txt'}"
+    assert "does not exist" in (folder / "log.txt").read_text()
+    samples.finish()
+
+
+def test_without_prompts_nothing_is_started(tmp_path: Path) -> None:
+    said: list[str] = []
+    samples = SampleProcess(Experiment(), tmp_path, tmp_path, said.append)
+    samples.start(tmp_path / "samples" / "step_00000010" / "adapter.safetensors", [])
+    assert said == ["no sample videos for step_00000010: validation.sample_prompts is empty"]
+
+
+def test_the_process_is_no_rank_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & _environment().keys()
+    assert "PATH" in _environment()
