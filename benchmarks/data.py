@@ -4,9 +4,9 @@
     python benchmarks/data.py --rows 100000       a smaller manifest
     python benchmarks/data.py --only reader
 
-Reader: ours and the scripts take turns on the same clips in one process; each gives uint8 frames (129, 480, 720, 3),
-centre-cropped. decord and PyAV are always measured, torchcodec where it is installed. Manifest: Panda-70M metadata of
---rows source videos, 19 of 20 of them downloaded, without probing.
+Reader: ours and the scripts take turns on the same clips, each in a process of its own; each gives uint8 frames
+(129, 480, 720, 3), centre-cropped. decord and PyAV are always measured, torchcodec where it is installed.
+Manifest: Panda-70M metadata of --rows source videos, 19 of 20 of them downloaded, without probing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import multiprocessing
 import os
 import platform
 import random
@@ -25,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
@@ -157,48 +159,72 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+SCRIPTS: dict[str, Script] = {"ours": ours, "PyAV": with_pyav, "decord": with_decord, "torchcodec": with_torchcodec}
+
+
+def take_turn(script: str, video: str, start: float, geometry: Geometry, frames_file: str) -> tuple[float, float, str]:
+    """(wall seconds, CPU seconds, failure) of one reading, in the script's own process."""
+    began, began_cpu = time.perf_counter(), cpu_seconds()
+    try:
+        frames = SCRIPTS[script](video, start, geometry)
+    # A decoder that gives up on a clip, with whatever error of its own, is a result of this comparison.
+    except Exception as error:  # noqa: BLE001
+        return 0.0, 0.0, str(error).splitlines()[-1][-120:]
+    seconds, seconds_cpu = time.perf_counter() - began, cpu_seconds() - began_cpu
+    np.save(frames_file, frames)
+    return seconds, seconds_cpu, ""
+
+
 def measure_readers(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    scripts: dict[str, Script] = {"ours": ours, "PyAV": with_pyav, "decord": with_decord}
-    if has("torchcodec"):
-        scripts["torchcodec"] = with_torchcodec
+    """Scripts take turns, each in a process of its own: their FFmpeg libraries crash in one another's company."""
+    scripts = [script for script in SCRIPTS if script != "torchcodec" or has("torchcodec")]
+    context = multiprocessing.get_context("spawn")
+    pools = {script: ProcessPoolExecutor(1, context) for script in scripts}
     rows = []
     for name, video, start, geometry in make_clips(folder):
         walls: dict[str, list[float]] = {script: [] for script in scripts}
         cpus: dict[str, list[float]] = {script: [] for script in scripts}
-        differences: dict[str, float] = {}
-        reference = ours(str(video), start, geometry)
         failures: dict[str, str] = {}
-        for script, function in itertools.chain.from_iterable([list(scripts.items())] * rounds):
-            if script in failures:
-                continue
-            began, began_cpu = time.perf_counter(), cpu_seconds()
-            try:
-                frames = function(str(video), start, geometry)
-            # A decoder that gives up on a clip, with whatever error of its own, is a result of this comparison.
-            except Exception as error:  # noqa: BLE001
-                failures[script] = str(error).splitlines()[-1][-120:]
-                continue
-            walls[script].append(time.perf_counter() - began)
-            cpus[script].append(cpu_seconds() - began_cpu)
-            differences[script] = worst_frame(frames, reference)
-        row: dict[str, Any] = {"clip": name}
-        for script in scripts:
-            row[script] = (
-                {"failure": failures[script]}
-                if script in failures
-                else {
-                    "seconds": round(statistics.median(walls[script]), 3),
-                    "least_seconds": round(min(walls[script]), 3),
-                    "cpu_seconds": round(min(cpus[script]), 3),
-                    "worst_frame_difference": round(differences[script], 2),
-                }
-            )
-        others = [row[script] for script in scripts if script != "ours" and script not in failures]
-        for kind in ("least_seconds", "cpu_seconds"):
-            row[f"ours_over_fastest_{kind}"] = round(row["ours"][kind] / min(other[kind] for other in others), 3)
-        rows.append(row)
-        print(f"{name}: " + ", ".join(f"{script} {row[script]}" for script in scripts), flush=True)
+        # The first round warms up: imports, page cache, allocator.
+        for number, script in itertools.product(range(rounds + 1), scripts):
+            frames_file = str(folder / f"{script}.npy")
+            turn = pools[script].submit(take_turn, script, str(video), start, geometry, frames_file)
+            seconds, seconds_cpu, failure = turn.result()
+            if failure:
+                failures[script] = failure
+            elif number:
+                walls[script].append(seconds)
+                cpus[script].append(seconds_cpu)
+        rows.append({"clip": name, **summary(folder, scripts, walls, cpus, failures)})
+        print(f"{name}: {rows[-1]}", flush=True)
+    for pool in pools.values():
+        pool.shutdown()
     return rows
+
+
+def summary(
+    folder: Path,
+    scripts: list[str],
+    walls: dict[str, list[float]],
+    cpus: dict[str, list[float]],
+    failures: dict[str, str],
+) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    reference = np.load(folder / "ours.npy")
+    for script in scripts:
+        if script in failures:
+            row[script] = {"failure": failures[script]}
+            continue
+        row[script] = {
+            "seconds": round(statistics.median(walls[script]), 3),
+            "least_seconds": round(min(walls[script]), 3),
+            "cpu_seconds": round(min(cpus[script]), 3),
+            "worst_frame_difference": round(worst_frame(np.load(folder / f"{script}.npy"), reference), 2),
+        }
+    others = [row[script] for script in scripts if script != "ours" and script not in failures]
+    for kind in ("least_seconds", "cpu_seconds"):
+        row[f"ours_over_fastest_{kind}"] = round(row["ours"][kind] / min(other[kind] for other in others), 3)
+    return row
 
 
 def worst_frame(frames: np.ndarray, reference: np.ndarray) -> float:
