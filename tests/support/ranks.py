@@ -58,6 +58,7 @@ class Ranks:
         port = str(free_port())
         log.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(log, "ab")  # noqa: SIM115
+        self._launched = launcher is not None
         self.processes: list[subprocess.Popen[bytes]] = []
         if launcher == "deepspeed":
             start = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
@@ -92,8 +93,10 @@ class Ranks:
     def kill(self) -> None:
         """End every process of every rank, at once."""
         for process in self.processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            # A rank that has ended may have given its number to a stranger; a launcher may leave its ranks behind.
+            if process.poll() is None or self._launched:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def wait(self, timeout_seconds: float = 400.0) -> list[int]:

@@ -1,6 +1,7 @@
 """Decoding processes with a real clip: killed, timed out, recycled."""
 
 import os
+import signal
 import threading
 import time
 
@@ -44,16 +45,17 @@ def test_worker_is_recycled(worker, clip_path):
     assert not os.path.exists(f"/proc/{pids[0]}")
 
 
-def test_hanging_decoder_is_killed_and_replaced(clip_path):
-    worker = DecodeWorker(DecodeOptions(GEOMETRY, timeout_seconds=0.002, recycle_after=100))
-    try:
-        decoded = worker.decode(record_of(clip_path))
-        assert decoded.failure is not None
-        assert decoded.failure.reason == "timeout"
-        worker.options = DecodeOptions(GEOMETRY, timeout_seconds=60, recycle_after=100)
-        assert worker.decode(record_of(clip_path)).failure is None
-    finally:
-        worker.close()
+def test_hanging_decoder_is_killed_and_replaced(worker, clip_path):
+    assert worker.decode(record_of(clip_path)).failure is None
+    hanging = worker._process.pid
+    os.kill(hanging, signal.SIGSTOP)
+    worker.options = DecodeOptions(GEOMETRY, timeout_seconds=0.5, recycle_after=100)
+    decoded = worker.decode(record_of(clip_path))
+    assert decoded.failure is not None
+    assert decoded.failure.reason == "timeout"
+    assert not os.path.exists(f"/proc/{hanging}")
+    worker.options = DecodeOptions(GEOMETRY, timeout_seconds=60, recycle_after=100)
+    assert worker.decode(record_of(clip_path)).failure is None
 
 
 @pytest.mark.parametrize("num_deaths", [1, 2])
