@@ -1,11 +1,13 @@
-"""What data preparation costs: reading frames, beside the shortest scripts for them, and building a manifest.
+"""What data preparation costs: reading frames beside the shortest scripts for it, encoding, building a manifest.
 
-    python benchmarks/data.py                     both parts, printed and written to benchmarks/results/data.json
+    python benchmarks/data.py                     all parts, printed and written to benchmarks/results/data.{json,md}
     python benchmarks/data.py --rows 100000       a smaller manifest
-    python benchmarks/data.py --only reader
+    python benchmarks/data.py --only reader       or encoder, or manifest
 
-Reader: ours and the scripts take turns on the same clips, each in a process of its own; each gives uint8 frames
-(129, 480, 720, 3), centre-cropped. decord and PyAV are always measured, torchcodec where it is installed.
+Reader: ours and the scripts of bare_readers.py take turns on the same clips, each in a process of its own; each gives
+uint8 frames (129, 480, 720, 3), centre-cropped. PyAV is always measured, decord and torchcodec where installed.
+Encoder: the share of its time that it waits for frames, while encode_latents.py encodes spans of a ten-minute video
+with a VAE of the published size; full-size frames on a GPU. A CPU decodes as many seconds, its VAE gets small frames.
 Manifest: Panda-70M metadata of --rows source videos, 19 of 20 of them downloaded, without probing.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import json
 import multiprocessing
 import os
 import platform
@@ -36,9 +39,12 @@ import av
 import numpy as np
 import psutil
 import torch
+from bare_readers import with_decord, with_pyav, with_torchcodec
 
+from exvideo_train.backbones.cogvideox import published
+from exvideo_train.backbones.cogvideox.tiny import write_tiny_model
 from exvideo_train.clips.reader import read_frames
-from exvideo_train.clips.record import ClipRecord
+from exvideo_train.clips.record import ClipRecord, make_clip_id, write_manifest
 from exvideo_train.files import atomic_write_json
 from exvideo_train.geometry import Geometry
 
@@ -49,58 +55,6 @@ Script = Callable[[str, float, Geometry], np.ndarray]
 
 def ours(video: str, start: float, geometry: Geometry) -> np.ndarray:
     return read_frames(ClipRecord("benchmark", "benchmark", video, start, None, ""), geometry).numpy()
-
-
-def with_decord(video: str, start: float, geometry: Geometry) -> np.ndarray:
-    import decord
-
-    height, width = decord.VideoReader(video, num_threads=1)[0].shape[:2]
-    scale = max(geometry.height / height, geometry.width / width)
-    height, width = round(height * scale), round(width * scale)
-    reader = decord.VideoReader(video, width=width, height=height)
-    begins = reader.get_frame_timestamp(range(len(reader)))[:, 0]
-    moments = start + np.arange(geometry.num_frames) / geometry.fps
-    frames = reader.get_batch(np.searchsorted(begins, moments + 1e-3) - 1).asnumpy()
-    return centre(frames, geometry)
-
-
-def with_pyav(video: str, start: float, geometry: Geometry) -> np.ndarray:
-    frames = np.empty((geometry.num_frames, geometry.height, geometry.width, 3), np.uint8)
-    with av.open(video) as container:
-        stream: Any = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        container.seek(int(start / stream.time_base), stream=stream)
-        scale = max(geometry.height / stream.height, geometry.width / stream.width)
-        height, width = round(stream.height * scale), round(stream.width * scale)
-        index = 0
-        shown: Any = None
-        for frame in container.decode(stream):
-            while index < len(frames) and frame.time > start + index / geometry.fps + 1e-3:
-                picture = shown.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-                frames[index] = centre(picture[None], geometry)[0]
-                index += 1
-            shown = frame
-            if index == len(frames):
-                break
-    return frames
-
-
-def with_torchcodec(video: str, start: float, geometry: Geometry) -> np.ndarray:
-    from torchcodec.decoders import VideoDecoder
-    from torchcodec.transforms import Resize
-
-    size = VideoDecoder(video).metadata
-    scale = max(geometry.height / size.height, geometry.width / size.width)
-    resize = Resize((round(size.height * scale), round(size.width * scale)))
-    decoder = VideoDecoder(video, dimension_order="NHWC", num_ffmpeg_threads=0, transforms=[resize])
-    moments = [start + index / geometry.fps for index in range(geometry.num_frames)]
-    return centre(decoder.get_frames_played_at(moments).data.numpy(), geometry)
-
-
-def centre(frames_FHWC: np.ndarray, geometry: Geometry) -> np.ndarray:
-    top = (frames_FHWC.shape[1] - geometry.height) // 2
-    left = (frames_FHWC.shape[2] - geometry.width) // 2
-    return frames_FHWC[:, top : top + geometry.height, left : left + geometry.width]
 
 
 def make_clips(folder: Path) -> list[tuple[str, Path, float, Geometry]]:
@@ -177,7 +131,8 @@ def take_turn(script: str, video: str, start: float, geometry: Geometry, frames_
 
 def measure_readers(folder: Path, rounds: int) -> list[dict[str, Any]]:
     """Scripts take turns, each in a process of its own: their FFmpeg libraries crash in one another's company."""
-    scripts = [script for script in SCRIPTS if script != "torchcodec" or has("torchcodec")]
+    packages = {"decord": "decord2", "torchcodec": "torchcodec"}
+    scripts = [script for script in SCRIPTS if script not in packages or has(packages[script])]
     context = multiprocessing.get_context("spawn")
     pools = {script: ProcessPoolExecutor(1, context) for script in scripts}
     rows = []
@@ -239,6 +194,49 @@ def has(package: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+# Of the encoder's measurement: the whole window of 16 s is decoded on both; the CPU's VAE gets a small part of it.
+GPU_GEOMETRY = Geometry(129, 480, 720, 8)
+CPU_GEOMETRY = Geometry(9, 240, 368, 0.5)
+
+
+def measure_encoder(folder: Path, num_clips: int) -> dict[str, Any]:
+    """Encode spans of a long video with the published VAE's size and read the run's own report."""
+    model = write_model(folder / "model")
+    video = loop_packets(folder / "long.mp4", 115)
+    starts = [20.0 + 560.0 * number / num_clips for number in range(num_clips)]
+    clips = [
+        ClipRecord(make_clip_id("benchmark", video.name, start, None), "benchmark", str(video), start, None, "a rabbit")
+        for start in starts
+    ]
+    write_manifest(folder / "encoded.jsonl", clips)
+    geometry = GPU_GEOMETRY if torch.cuda.is_available() else CPU_GEOMETRY
+    sizes = [f"{name}={getattr(geometry, name)}" for name in ("num_frames", "height", "width", "fps")]
+    command = [sys.executable, str(REPOSITORY / "data_prep" / "encode_latents.py"), "+exp=129f", *sizes]
+    paths = [f"model.path={model}", f"manifest={folder / 'encoded.jsonl'}", f"latents={folder / 'latents'}"]
+    subprocess.run([*command, *paths], cwd=folder, check=True)
+    report = json.loads((folder / "latents" / "reports" / f"encode_{geometry.name}.json").read_text())
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "geometry": geometry.name,
+        "clips": report["encoded"],
+        "clips_per_minute": round(60 * report["clips_per_second"], 1),
+        "decode_s": round(report["decode_seconds_per_clip"], 2),
+        "encode_s": round(report["encode_seconds_per_clip"], 2),
+        "wait_s": round(report["wait_seconds_per_clip"], 3),
+        "wait_share": f"{report['wait_share']:.2%}",
+    }
+
+
+def write_model(folder: Path) -> Path:
+    """The tiny model with a VAE of the published size, random weights: T5's part of the time is small in any case."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    write_tiny_model(folder)
+    torch.manual_seed(0)
+    AutoencoderKLCogVideoX(**published.VAE_5B).to(torch.bfloat16).save_pretrained(folder / "vae")
+    return folder
 
 
 WORDS = ["a", "person", "is", "cooking", "while", "someone's", "dog", "runs", "across", "the", "green", "field"]
@@ -348,10 +346,13 @@ def table(results: dict[str, Any]) -> str:
             ratios = [f"{row['ours_over_fastest_least_seconds']:.2f}", f"{row['ours_over_fastest_cpu_seconds']:.2f}"]
             lines.append("| " + " | ".join([row["clip"], *cells, *ratios]) + " |")
         lines.append("")
-    if "manifest" in results:
-        values = results["manifest"]
+    for part in ("encoder", "manifest"):
+        if part not in results:
+            continue
+        values = results[part]
         lines += ["| " + " | ".join(values) + " |", "|" + "---:|" * len(values)]
-        lines.append("| " + " | ".join(f"{value:,}" for value in values.values()) + " |")
+        shown = [value if isinstance(value, str) else f"{value:,}" for value in values.values()]
+        lines += ["| " + " | ".join(shown) + " |", ""]
     return "\n".join(lines)
 
 
@@ -364,20 +365,24 @@ def cell(values: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=["reader", "manifest"])
+    parser.add_argument("--rows", type=int, default=1_000_000, help="source videos in the metadata")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each reader on each clip")
+    parser.add_argument("--clips", type=int, default=40, help="clips that the encoder gets")
+    parser.add_argument("--only", choices=["reader", "encoder", "manifest"])
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results" / "data.json")
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     results: dict[str, Any] = {"machine": machine()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if options.only != "manifest":
+        if options.only in (None, "reader"):
             results["reader"] = measure_readers(folder, options.rounds)
-        if options.only != "reader":
+        if options.only in (None, "encoder"):
+            results["encoder"] = measure_encoder(folder, options.clips)
+        if options.only in (None, "manifest"):
             results["manifest"] = measure_manifest(folder, options.rows)
     atomic_write_json(options.output, results)
+    options.output.with_suffix(".md").write_text(table(results))
     print(table(results))
 
 
