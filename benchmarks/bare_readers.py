@@ -52,7 +52,7 @@ def with_torchcodec(video: str, start: float, geometry: Geometry) -> np.ndarray:
     from torchcodec.decoders import VideoDecoder
     from torchcodec.transforms import Resize
 
-    size = VideoDecoder(video).metadata
+    size: Any = VideoDecoder(video).metadata
     scale = max(geometry.height / size.height, geometry.width / size.width)
     resize = Resize((round(size.height * scale), round(size.width * scale)))
     decoder = VideoDecoder(video, dimension_order="NHWC", num_ffmpeg_threads=0, transforms=[resize])

@@ -92,7 +92,7 @@ def test_the_real_clip_is_one_scene(clip_path):
 
 
 def test_finds_the_cuts_of_pyscenedetect_and_those_it_misses_in_fast_motion():
-    scenedetect = pytest.importorskip("scenedetect")
+    import scenedetect
     from scenedetect.detectors import AdaptiveDetector
 
     parts = [pan(seed, 30 + 7 * seed, 0.5 * seed) for seed in range(1, 5)]
