@@ -28,6 +28,9 @@ from exvideo_train.parallel.mesh import Mesh
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
 _NEVER = 10**12
+# fp32 gradients that are reduced at a time: 0.2 GB. DeepSpeed's own 5e8 is twice a whole LoRA of rank 64, and is
+# allocated whole. The 5B's LoRA then takes six reductions a step.
+REDUCE_BUCKET_ELEMENTS = 50_000_000
 
 
 def deepspeed_config(config: Experiment) -> dict[str, Any]:
@@ -37,6 +40,7 @@ def deepspeed_config(config: Experiment) -> dict[str, Any]:
         "contiguous_gradients": True,
         # Overlapped reduction copies gradients in a side stream; LoRA gradients are too small to need it.
         "overlap_comm": False,
+        "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
         "stage3_param_persistence_threshold": 0,
     }
     if config.memory.offload_optimizer:

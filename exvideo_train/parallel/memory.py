@@ -12,9 +12,7 @@ from dataclasses import dataclass
 FP32_BYTES = 4
 # AdamW's first and second moment.
 NUM_MOMENTS = 2
-# DeepSpeed's default of zero_optimization.reduce_bucket_size, in elements (runtime/zero/config.py).
-DEFAULT_REDUCE_BUCKET = 500_000_000
-# Its default of stage3_max_live_parameters: with ZeRO-3, at most so many are gathered at once.
+# DeepSpeed's default of stage3_max_live_parameters: with ZeRO-3, at most so many are gathered at once.
 MAX_LIVE_PARAMETERS = 1_000_000_000
 
 
@@ -26,20 +24,20 @@ class Sharding:
         trained: parameters that are trained, all in fp32.
         frozen_bytes: of the parameters that are not.
         stage: of ZeRO; 0 keeps everything on every rank (plain data parallelism).
+        reduce_bucket: elements of DeepSpeed's gradient bucket.
         offload: optimizer states live in host memory.
         keep_ema: a moving average is kept beside the moments.
         accumulation_steps: micro-steps added up to one optimizer step.
-        reduce_bucket: elements of DeepSpeed's gradient bucket.
     """
 
     trained: int
     frozen_bytes: int
     world_size: int
     stage: int
+    reduce_bucket: int
     offload: bool = False
     keep_ema: bool = False
     accumulation_steps: int = 1
-    reduce_bucket: int = DEFAULT_REDUCE_BUCKET
 
 
 @dataclass(frozen=True)

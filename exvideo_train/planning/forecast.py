@@ -19,7 +19,6 @@ from exvideo_train.latents.order import samples_within_budget
 from exvideo_train.parallel.engine import deepspeed_config
 from exvideo_train.parallel.hardware import NETWORKS, Device, device_by_name
 from exvideo_train.parallel.memory import (
-    DEFAULT_REDUCE_BUCKET,
     FP32_BYTES,
     Sharding,
     StepMemory,
@@ -190,8 +189,7 @@ def forecast(config: Plan, model: Model, device_name: str | None = None) -> Fore
 
 def reduce_bucket(config: Plan) -> int:
     """Elements of DeepSpeed's gradient bucket, as the engine will ask for it."""
-    options: dict[str, Any] = deepspeed_config(config)["zero_optimization"]
-    return int(options.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET))
+    return int(deepspeed_config(config)["zero_optimization"]["reduce_bucket_size"])
 
 
 def _geometries(config: Plan) -> list[Geometry]:
