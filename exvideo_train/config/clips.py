@@ -50,7 +50,7 @@ class BuildManifest:
     """Column of the caption in a table (source=folder)."""
     probe: bool = True
     """Open every video for its rate, size, length and codec, and drop what cannot be opened. false leaves this to
-    filter_clips and takes two minutes for a million rows."""
+    filter_clips and takes a minute for a million rows."""
     num_workers: int = 0
     """Processes; 0 takes one for each core."""
     timeout_seconds: float = 60.0
