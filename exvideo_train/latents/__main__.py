@@ -26,10 +26,9 @@ def inspect_latents(config: InspectLatents) -> None:
     elif config.action is StoreAction.preview:
         _preview(config, store)
     else:
-        results = inspection.verify_store(store, config.repair, config.num_workers)
-        for result in results:
-            print(result.describe())
-        if all(result.is_clean for result in results):
+        found = inspection.verify_store(store, config.repair, config.num_workers)
+        print(found.describe())
+        if found.is_clean:
             print("the store is whole")
         elif config.repair:
             print("repaired: damaged files are deleted, the index holds what is whole; encode_latents fills the gaps")

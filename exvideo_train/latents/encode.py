@@ -27,6 +27,7 @@ from exvideo_train.latents.plan import (
     EncodeSettings,
     Plan,
     check_writable,
+    drop_damaged_empty_prompt,
     make_plan,
     sweep_temporary_files,
     take_from_index,
@@ -190,6 +191,7 @@ def _prepare(config: EncodeLatents, settings: EncodeSettings, launch: Launch) ->
     store.add_geometry(settings.fingerprint)
     sweep_temporary_files(store, settings.geometry)
     take_from_index(store, settings.geometry, plan.outdated)
+    drop_damaged_empty_prompt(store)
     quarantine = Quarantine(store.path, settings.geometry)
     if config.retry_quarantined:
         for record in plan.pending:

@@ -48,11 +48,34 @@ class Verification:
         return "\n".join([counts, *(f"  {reason}" for reason in self.damaged.values())])
 
 
-def verify_store(store: LatentStore, repair: bool, num_workers: int = 0) -> list[Verification]:
+@dataclass
+class StoreVerification:
+    """What was found in a store.
+
+    Attributes:
+        empty_prompt_damage: why training could not use the empty prompt's file; None when it can.
+    """
+
+    geometries: list[Verification]
+    empty_prompt_damage: str | None
+
+    @property
+    def is_clean(self) -> bool:
+        return self.empty_prompt_damage is None and all(result.is_clean for result in self.geometries)
+
+    def describe(self) -> str:
+        """The findings a geometry, and the empty prompt's if it is not whole."""
+        lines = [result.describe() for result in self.geometries]
+        if self.empty_prompt_damage is not None:
+            lines.append(f"empty prompt: missing or damaged\n  {self.empty_prompt_damage}")
+        return "\n".join(lines)
+
+
+def verify_store(store: LatentStore, repair: bool, num_workers: int = 0) -> StoreVerification:
     """Read every file, compare it with its checksum and with the index.
 
     Args:
-        repair: delete damaged files and write the index anew from the whole ones.
+        repair: delete damaged files, the empty prompt's included, and write the index anew from the whole ones.
         num_workers: reading threads, 0 for one a core.
 
     Raises:
@@ -64,12 +87,32 @@ def verify_store(store: LatentStore, repair: bool, num_workers: int = 0) -> list
         print(f"note: {error}", flush=True)
         indexed = {}
     results = [_verify_geometry(store, geometry, indexed, num_workers) for geometry in store.geometries()]
-    if repair and not (all(result.is_clean for result in results) and store.index_path.exists()):
+    found = StoreVerification(results, _empty_prompt_damage(store))
+    if repair and not (found.is_clean and store.index_path.exists()):
         for result in results:
             for clip_id in result.damaged:
-                store.clip_path(clip_id, result.geometry).unlink(missing_ok=True)
+                _delete(store.clip_path(clip_id, result.geometry))
+        if found.empty_prompt_damage is not None:
+            _delete(store.empty_prompt_path)
         store.write_index(entry for result in results for entry in result.whole)
-    return results
+    return found
+
+
+def _empty_prompt_damage(store: LatentStore) -> str | None:
+    try:
+        store.empty_prompt(verify=True)
+    except CorruptLatent as error:
+        return str(error)
+    return None
+
+
+def _delete(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path} is damaged and cannot be deleted ({error.strerror}); make its folder writable, or repair=false"
+        ) from error
 
 
 def _verify_geometry(

@@ -200,6 +200,17 @@ def sweep_temporary_files(store: LatentStore, geometry: Geometry) -> int:
     return num_swept
 
 
+def drop_damaged_empty_prompt(store: LatentStore) -> None:
+    """Delete an empty prompt's file that training would refuse: the encoders write it where there is none."""
+    if not store.empty_prompt_path.exists():
+        return
+    try:
+        store.empty_prompt(verify=True)
+    except CorruptLatent as error:
+        print(f"note: encoded again: {error}", flush=True)
+        store.empty_prompt_path.unlink()
+
+
 def check_writable(store_path: Path) -> None:
     """Fail before any work if the store cannot be written.
 

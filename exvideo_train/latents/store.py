@@ -236,9 +236,11 @@ class LatentStore:
         """Embedding of the empty prompt, (L, C), memory-mapped.
 
         Raises:
-            CorruptLatent: the file is missing or damaged.
+            CorruptLatent: the file is missing or damaged, or holds something else.
         """
-        tensors, _ = _read_file(self.empty_prompt_path, verify)
+        tensors, content = _read_file(self.empty_prompt_path, verify)
+        if content.get("caption") != "" or "clip_id" in content or set(tensors) != {"text"}:
+            raise CorruptLatent(f"{self.empty_prompt_path}: not the empty prompt; delete it and encode again")
         return tensors["text"]
 
     def read(self, clip_id: str, geometry: Geometry, verify: bool = True) -> StoredClip:
@@ -378,7 +380,7 @@ def _encode_file(tensors: dict[str, Tensor], content: dict[str, Any]) -> tuple[b
 def _read_content(path: Path) -> dict[str, Any]:
     try:
         header = read_safetensors_header(path)
-        content: dict[str, Any] = json.loads(header["__metadata__"][METADATA_KEY])
+        content = dict[str, Any](json.loads(header["__metadata__"][METADATA_KEY]))
     except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error) if isinstance(error, UserError) else f"{path} is not a latent file ({error!r})"
         raise CorruptLatent(f"{reason}; delete it and encode again") from error

@@ -306,9 +306,13 @@ def test_store_commands(data, tiny_model_5b, run_command, tmp_path, whole):
     damaged[-1] ^= 1
     files[0].write_bytes(damaged)
     files[1].unlink()
+    (store / "empty_prompt.safetensors").write_text("not the embedding of anything")
     result = run_command([*tool, "verify", f"latents={store}", "repair=false"], status=1)
     assert "4 whole, 1 damaged, 0 not in the index, 1 indexed but missing" in result.stdout
+    assert "empty prompt: missing or damaged" in result.stdout
+    assert (store / "empty_prompt.safetensors").exists()
     assert "repaired" in run_command([*tool, "verify", f"latents={store}"]).stdout
+    assert not (store / "empty_prompt.safetensors").exists()
     stats = run_command([*tool, "stats", f"latents={store}"]).stdout
     assert "4 clips" in stats
     assert "posterior std" in stats
