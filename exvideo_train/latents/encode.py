@@ -84,7 +84,7 @@ def resolve_settings(config: EncodeLatents, num_local_encoders: int) -> EncodeSe
     for name in ("prefetch_clips", "recycle_after_clips", "clip_timeout_seconds"):
         if getattr(config, name) <= 0:
             raise UserError(f"{name}={getattr(config, name)}: must be positive")
-    for name in ("decode_workers", "max_clips"):
+    for name in ("decode_workers", "max_clips", "encode_timeout_seconds"):
         if getattr(config, name) < 0:
             raise UserError(f"{name}={getattr(config, name)}: must be 0 or more")
     if not Path(config.manifest).is_file():
@@ -114,6 +114,7 @@ def resolve_settings(config: EncodeLatents, num_local_encoders: int) -> EncodeSe
         prefetch_clips=config.prefetch_clips,
         clip_timeout_seconds=config.clip_timeout_seconds,
         recycle_after_clips=config.recycle_after_clips,
+        encode_timeout_seconds=config.encode_timeout_seconds,
     )
 
 

@@ -144,9 +144,10 @@ class EncodeLoop:
                 else:
                     self.totals.wait_seconds += now - waited_since
                 self.totals.decode_seconds += decoded.seconds
-                self._encode(decoded, encoder, writer, writes)
-                while len(writes) > WRITES_AHEAD:
+                # What is written is reported before the next clip, which may kill this process.
+                while writes and (len(writes) > WRITES_AHEAD or writes[0][1].done()):
                     self._settle_write(*writes.popleft())
+                self._encode(decoded, encoder, writer, writes)
                 waited_since = time.monotonic()
                 self.totals.loop_seconds = waited_since - began
             while writes:

@@ -34,6 +34,7 @@ class EncodeSettings:
         dtype: ``bf16``, ``fp16`` or ``fp32`` for both encoders.
         decode_workers: decoding processes an encoder.
         prefetch_clips: decoded clips that may wait for an encoder.
+        encode_timeout_seconds: an encoder that is silent for so long is killed; 0 for the device's default.
     """
 
     model_path: Path
@@ -47,6 +48,7 @@ class EncodeSettings:
     prefetch_clips: int
     clip_timeout_seconds: float
     recycle_after_clips: int
+    encode_timeout_seconds: float = 0.0
 
     @property
     def geometry(self) -> Geometry:

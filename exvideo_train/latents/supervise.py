@@ -7,7 +7,8 @@ import os
 import queue
 import socket
 import threading
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -15,7 +16,7 @@ from typing import Any
 
 from exvideo_train.clips.record import ClipRecord
 from exvideo_train.errors import UserError
-from exvideo_train.latents.decode import Failure
+from exvideo_train.latents.decode import ATTEMPTS_AFTER_DEATH, Failure
 from exvideo_train.latents.encode_worker import Totals, encoder_main, quarantine_clip
 from exvideo_train.latents.plan import EncodeSettings
 from exvideo_train.latents.quarantine import Quarantine
@@ -24,12 +25,21 @@ from exvideo_train.latents.work import WorkList
 
 # A clip in work when an encoder dies is tried once more, then left out.
 DEATHS_A_CLIP = 2
-# Encoders that die this often without finishing a clip in between: not the clips' fault.
-DEATHS_IN_A_ROW = 4
+# Encoders of a device that die this often without finishing a clip in between: not the clips' fault. Three clips
+# side by side that kill their encoders are still within it.
+DEATHS_IN_A_ROW = 4 * DEATHS_A_CLIP
+# The same for those that had no clip in work, which no clip can explain.
+DEATHS_WITHOUT_CLIP = 4
+WATCH_SECONDS = 1.0
+# Many times what the largest geometry takes on a slow GPU; a few CPU cores need half an hour a clip and more.
+ENCODE_TIMEOUT_GPU_SECONDS = 1800.0
+ENCODE_TIMEOUT_CPU_SECONDS = 18_000.0
 
 
 @dataclass
 class _Encoder:
+    """An encoding process; ``heard`` is when it last said something, on the monotonic clock."""
+
     device: str
     owner: str
     process: Any
@@ -37,6 +47,8 @@ class _Encoder:
     current_clip: ClipRecord | None = None
     totals: Totals = field(default_factory=Totals)
     finished: bool = False
+    heard: float = field(default_factory=time.monotonic)
+    hung: bool = False
 
 
 class Supervisor:
@@ -61,7 +73,8 @@ class Supervisor:
         self.totals: list[Totals] = []
         self._events: queue.Queue[tuple[_Encoder, tuple[Any, ...] | None]] = queue.Queue()
         self._deaths: Counter[str] = Counter()
-        self._deaths_in_a_row = 0
+        # By device, the clip in work at each death since it last finished one.
+        self._deaths_in_a_row: defaultdict[str, list[ClipRecord | None]] = defaultdict(list)
         self._num_started = 0
         self._running: list[_Encoder] = []
 
@@ -69,14 +82,18 @@ class Supervisor:
         """Encode until no block is free; blocks of other machines may still be in work.
 
         Raises:
-            UserError: an encoder met a full disk, too little GPU memory, or died again and again.
+            UserError: an encoder met a full disk or too little GPU memory, or all died again and again.
         """
         try:
             num_blocks = max(1, self.work.counts()[0])
             for device in self.devices[:num_blocks]:
                 self._start(device)
             while self._running:
-                encoder, message = self._events.get()
+                self._kill_hanging()
+                try:
+                    encoder, message = self._events.get(timeout=WATCH_SECONDS)
+                except queue.Empty:
+                    continue
                 if message is None:
                     self._ended(encoder)
                 else:
@@ -113,7 +130,24 @@ class Supervisor:
                 self._events.put((encoder, None))
                 return
 
+    def _kill_hanging(self) -> None:
+        """Its end then comes through its pipe, as any other death does."""
+        for encoder in self._running:
+            if not encoder.hung and time.monotonic() - encoder.heard > self._patience_seconds(encoder):
+                encoder.hung = True
+                encoder.process.kill()
+
+    def _patience_seconds(self, encoder: _Encoder) -> float:
+        on_cpu = encoder.device == "cpu"
+        seconds = self.settings.encode_timeout_seconds or (
+            ENCODE_TIMEOUT_CPU_SECONDS if on_cpu else ENCODE_TIMEOUT_GPU_SECONDS
+        )
+        # Between two clips it may wait for a decoder that is at its own limit.
+        waiting = encoder.current_clip is None
+        return seconds + ATTEMPTS_AFTER_DEATH * self.settings.clip_timeout_seconds * waiting
+
     def _handle(self, encoder: _Encoder, message: tuple[Any, ...]) -> None:
+        encoder.heard = time.monotonic()
         kind = message[0]
         if kind == "began":
             encoder.current_clip = message[1]
@@ -121,7 +155,7 @@ class Supervisor:
             encoder.totals = message[2]
             if encoder.current_clip is not None and encoder.current_clip.clip_id == message[1]:
                 encoder.current_clip = None
-            self._deaths_in_a_row = 0
+            self._deaths_in_a_row[encoder.device].clear()
             self.on_progress(message[1])
         elif kind == "finished":
             encoder.totals, encoder.finished = message[1], True
@@ -135,23 +169,46 @@ class Supervisor:
         encoder.connection.close()
         if encoder.finished:
             return
-        self._deaths_in_a_row += 1
-        code = encoder.process.exitcode
-        print(f"note: the encoder on {encoder.device} died (exit code {code}) and is replaced", flush=True)
-        if self._deaths_in_a_row >= DEATHS_IN_A_ROW:
-            raise UserError(
-                f"the encoder on {encoder.device} died {DEATHS_IN_A_ROW} times without finishing a clip (exit code "
-                f"{code}); its messages above say why. Less memory: tiling=true, or fewer decode_workers"
-            )
-        if encoder.current_clip is not None:
-            self._blame(encoder.current_clip, code)
+        cause = f"exit code {encoder.process.exitcode}"
+        if encoder.hung:
+            cause = f"killed after {self._patience_seconds(encoder):g} s without a sign of life"
         self.work.give_back(encoder.owner)
+        deaths = self._deaths_in_a_row[encoder.device]
+        deaths.append(encoder.current_clip)
+        if len(deaths) >= DEATHS_IN_A_ROW or deaths.count(None) >= DEATHS_WITHOUT_CLIP:
+            self._give_up(encoder.device, cause)
+            return
+        if encoder.current_clip is not None:
+            self._blame(encoder.current_clip, cause)
+        print(f"note: the encoder on {encoder.device} died ({cause}) and is replaced", flush=True)
         self._start(encoder.device)
 
-    def _blame(self, record: ClipRecord, code: int | None) -> None:
+    def _give_up(self, device: str, cause: str) -> None:
+        """Go on without a device whose encoders all die; clips that were blamed for it are let go."""
+        deaths = self._deaths_in_a_row.pop(device)
+        quarantine = Quarantine(self.settings.store_path, self.settings.geometry)
+        for record in deaths:
+            if record is not None and record.clip_id in self._deaths:
+                quarantine.remove(record.clip_id)
+                del self._deaths[record.clip_id]
+        self.devices.remove(device)
+        if not self.devices:
+            raise UserError(
+                f"the encoder on {device} died {len(deaths)} times without finishing a clip ({cause}); its messages "
+                "above say why. Less memory: tiling=true, or fewer decode_workers; a clip may take as long as "
+                "encode_timeout_seconds"
+            )
+        print(
+            f"warning: {device} is given up: its encoders died {len(deaths)} times without finishing a clip ({cause})",
+            flush=True,
+        )
+        if not self._running:
+            self._start(self.devices[0])
+
+    def _blame(self, record: ClipRecord, cause: str) -> None:
         self._deaths[record.clip_id] += 1
         if self._deaths[record.clip_id] < DEATHS_A_CLIP:
             return
         store = LatentStore.open(self.settings.store_path)
-        failure = Failure("encoder_died", f"its encoder died {DEATHS_A_CLIP} times (exit code {code})")
+        failure = Failure("encoder_died", f"its encoder died {DEATHS_A_CLIP} times ({cause})")
         quarantine_clip(store, Quarantine(store.path, self.settings.geometry), record, failure)

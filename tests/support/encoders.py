@@ -1,0 +1,46 @@
+"""Encoding processes that do what a clip's caption says, in place of T5 and a VAE."""
+
+from __future__ import annotations
+
+import os
+import time
+from multiprocessing.connection import Connection
+
+from exvideo_train.latents.decode import exit_with_parent
+from exvideo_train.latents.encode_worker import Totals
+from exvideo_train.latents.plan import EncodeSettings
+from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.work import Heartbeat, WorkList
+
+BROKEN_DEVICE = "cuda:1"
+UNSTARTABLE_DEVICE = "cuda:2"
+
+
+def obedient_encoder(connection: Connection, settings: EncodeSettings, device: str, owner: str) -> None:
+    """Speaks as ``encoder_main`` does. Captions: ``dies``, ``dies once``, ``hangs``, ``slow``; others succeed."""
+    exit_with_parent()
+    if device == UNSTARTABLE_DEVICE:
+        os._exit(4)
+    connection.send(("ready",))
+    work, totals = WorkList(settings.store_path), Totals()
+    quarantine = Quarantine(settings.store_path, settings.geometry)
+    with Heartbeat(work, owner):
+        while (block := work.take(owner)) is not None:
+            for record in work.records(block):
+                if record.clip_id in quarantine:
+                    continue
+                connection.send(("began", record))
+                died = settings.store_path / "reports" / f"died_{record.clip_id}"
+                if record.caption == "dies" or device == BROKEN_DEVICE:
+                    os._exit(3)
+                if record.caption == "dies once" and not died.exists():
+                    died.touch()
+                    os._exit(3)
+                if record.caption == "slow":
+                    time.sleep(0.5)
+                while record.caption == "hangs":
+                    time.sleep(1)
+                totals.num_encoded += 1
+                connection.send(("settled", record.clip_id, totals))
+            work.finish(block)
+    connection.send(("finished", totals))
