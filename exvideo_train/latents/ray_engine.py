@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,8 +112,12 @@ class EncodeActor:
         return failure
 
     def _attempt_paths(self, record: ClipRecord) -> list[Path]:
-        folder = self._settings.store_path / "reports" / "attempts" / record.clip_id[:3]
+        folder = _attempts_folder(self._settings) / record.clip_id[:3]
         return [folder / f"{record.clip_id}.{number}" for number in range(ATTEMPTS_A_CLIP)]
+
+
+def _attempts_folder(settings: EncodeSettings) -> Path:
+    return settings.store_path / "reports" / "attempts"
 
 
 def _record(row: Row) -> ClipRecord:
@@ -158,10 +163,11 @@ class RayEngine:
         """Encode every clip.
 
         Raises:
-            UserError: an encoder met a full disk or too little GPU memory.
+            UserError: an encoder met a full disk or too little GPU memory, or the store is not writable.
         """
         import ray
 
+        self._forget_attempts()
         if not self.records:
             LatentStore.open(self.settings.store_path).write_empty_prompt(ClipEncoder(self.settings, "cpu").text(""))
             return
@@ -175,6 +181,18 @@ class RayEngine:
                 self.on_progress(outcome["clip_id"])
         finally:
             ray.shutdown()
+
+    def _forget_attempts(self) -> None:
+        """Attempts that an earlier run left open: what ended it need not have been the clips in work.
+
+        The caller holds the store's lock, so they are of no run that is still alive.
+        """
+        try:
+            shutil.rmtree(_attempts_folder(self.settings))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be deleted ({error.strerror}); make it writable") from error
 
     def _pipeline(self) -> Any:
         import ray
