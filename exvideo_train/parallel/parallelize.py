@@ -26,7 +26,7 @@ def parallelize(backbone: nn.Module, config: Experiment, mesh: Mesh, compute_dty
     """Apply attention kernel, sequence parallelism, compilation, recomputation and autocast to a backbone with LoRA.
 
     Args:
-        backbone: a network with ``blocks``, ``run_block``, ``split_sequence``, ``join_sequence`` and attention modules
+        backbone: a network with ``blocks``, ``run_block``, ``own_tokens``, ``join_sequence`` and attention modules
             with ``attend`` (see :mod:`exvideo_train.backbones.registry`); changed in place.
         compute_dtype: what attention is computed in.
 
@@ -44,7 +44,7 @@ def parallelize(backbone: nn.Module, config: Experiment, mesh: Mesh, compute_dty
     if mesh.sequence_group is not None:
         split = SequenceSplit(mesh.sequence_group)
         attend = split.attend_with(attend)
-        backbone.split_sequence = split.split  # type: ignore[assignment]
+        backbone.own_tokens = split.own_tokens  # type: ignore[assignment]
         backbone.join_sequence = split.join  # type: ignore[assignment]
     for attention in attentions:
         attention.attend = attend  # type: ignore[assignment]

@@ -37,10 +37,12 @@ class SequenceSplit:
         self.rank = dist.get_rank(group)
         self._length = 0
 
-    def split(self, tensor: Tensor, dim: int) -> Tensor:
-        """This rank's slice of a tensor whose axis ``dim`` is the joint sequence."""
-        self._length = tensor.shape[dim]
-        return tensor.split(slice_sizes(self._length, self.size), dim=dim)[self.rank]
+    def own_tokens(self, length: int) -> slice:
+        """This rank's tokens of a joint sequence of ``length``."""
+        self._length = length
+        sizes = slice_sizes(length, self.size)
+        start = sum(sizes[: self.rank])
+        return slice(start, start + sizes[self.rank])
 
     def join(self, tensor: Tensor, dim: int) -> Tensor:
         """The whole sequence from every rank's slice."""

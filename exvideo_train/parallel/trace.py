@@ -154,7 +154,7 @@ def _hang_hooks(model: nn.Module, work: Work, group: dist.ProcessGroup | None) -
     if group is not None:
         split = SequenceSplit(group)
         attend = split.attend_with(attend)
-        model.split_sequence = split.split  # type: ignore[assignment]
+        model.own_tokens = split.own_tokens  # type: ignore[assignment]
         model.join_sequence = split.join  # type: ignore[assignment]
     for module in model.modules():
         if hasattr(module, "attend"):
@@ -260,7 +260,8 @@ class StepMeter(TorchDispatchMode):
             self.sent_bytes += sum(_size_bytes(tensor) for tensor in tree_leaves(args[0]))
             return
         if formula is None:
-            if not func.is_view and func.overloadpacket not in NO_WORK:
+            # `prim` asks a fake tensor where it is.
+            if not func.is_view and func.namespace != "prim" and func.overloadpacket not in NO_WORK:
                 self.moved_bytes += sum(_size_bytes(tensor) for tensor in tensors)
             return
         flops = formula(*args, **kwargs, out_val=output)

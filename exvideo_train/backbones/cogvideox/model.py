@@ -1,7 +1,7 @@
 """The CogVideoX diffusion transformer (arXiv 2408.06072): one joint sequence of text and video tokens, start to end.
 
 A plain single-device network. What makes it parallel, recomputed or compiled is hung from outside on four hooks:
-each attention's `attend`, and the model's `split_sequence`, `join_sequence` and `run_block`. Parameter names are
+each attention's `attend`, and the model's `own_tokens`, `join_sequence` and `run_block`. Parameter names are
 the published checkpoint's.
 
 Axis letters: B batch, C channels, T latent frames, H and W latent rows and columns, h and w patch rows and columns,
@@ -69,7 +69,7 @@ RotaryTables = tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class SequenceHook(Protocol):
+class JoinSequence(Protocol):
     def __call__(self, tensor: Tensor, dim: int) -> Tensor: ...
 
 
@@ -78,8 +78,13 @@ def attend_whole(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD)
 
 
-def keep_sequence(tensor: Tensor, dim: int) -> Tensor:
-    """The whole sequence stays here: nothing to split or join."""
+def all_tokens(length: int) -> slice:
+    """Every token of the joint sequence is here."""
+    return slice(0, length)
+
+
+def whole_already(tensor: Tensor, dim: int) -> Tensor:
+    """Nothing to join."""
     return tensor
 
 
@@ -107,9 +112,44 @@ class LayerNorm(nn.LayerNorm):
             return super().forward(input)
 
 
-def _per_token(is_video_S: Tensor, video_BC: Tensor, text_BC: Tensor) -> Tensor:
-    """Give each token its kind's vector: (B, S, C)."""
-    return torch.where(is_video_S[None, :, None], video_BC[:, None], text_BC[:, None])
+@dataclass(frozen=True)
+class Modulation:
+    """A shift, scale or gate from the timestep: one vector for the text tokens and one for the video tokens.
+
+    Vectors are (B, 1, C) and meet the sequence by broadcasting, in one fused operator for each kind: spread out to
+    (B, S, C) first, they would be written, read and kept for the backward pass like activations.
+
+    Attributes:
+        num_text: text tokens of the sequence that is here; they come first.
+    """
+
+    text_B1C: Tensor
+    video_B1C: Tensor
+    num_text: int
+
+    def split(self, joint_BSC: Tensor) -> tuple[Tensor, Tensor]:
+        """The sequence's text tokens and its video tokens."""
+        text, video = joint_BSC.split([self.num_text, joint_BSC.shape[1] - self.num_text], dim=1)
+        return text, video
+
+
+def modulate(normed_BSC: Tensor, shift: Modulation, scale: Modulation) -> Tensor:
+    """``normed * (1 + scale) + shift``."""
+    text, video = shift.split(normed_BSC)
+    return torch.cat(
+        [
+            torch.addcmul(shift.text_B1C, text, 1 + scale.text_B1C),
+            torch.addcmul(shift.video_B1C, video, 1 + scale.video_B1C),
+        ],
+        dim=1,
+    )
+
+
+def add_gated(joint_BSC: Tensor, update_BSC: Tensor, gate: Modulation) -> Tensor:
+    """``joint + gate * update``."""
+    joint, update = gate.split(joint_BSC), gate.split(update_BSC)
+    gates = (gate.text_B1C, gate.video_B1C)
+    return torch.cat([torch.addcmul(*parts) for parts in zip(joint, gates, update, strict=True)], dim=1)
 
 
 class ModulatedNorm(nn.Module):
@@ -120,13 +160,14 @@ class ModulatedNorm(nn.Module):
         self.linear = nn.Linear(config.time_embed_dim, 6 * config.inner_dim)
         self.norm = LayerNorm(config.inner_dim, eps=config.norm_eps, elementwise_affine=config.norm_elementwise_affine)
 
-    def forward(self, joint_BSC: Tensor, time_BC: Tensor, is_video_S: Tensor) -> tuple[Tensor, Tensor]:
-        """The modulated sequence and the gate of what is computed from it, both (B, S, C)."""
+    def forward(self, joint_BSC: Tensor, time_BC: Tensor, num_text: int) -> tuple[Tensor, Modulation]:
+        """The modulated sequence (B, S, C), and the gate of what is computed from it."""
         modulation = self.linear(F.silu(time_BC)).to(joint_BSC.dtype)
-        shift, scale, gate, text_shift, text_scale, text_gate = modulation.chunk(6, dim=1)
-        scale_BSC = _per_token(is_video_S, 1 + scale, 1 + text_scale)
-        shift_BSC = _per_token(is_video_S, shift, text_shift)
-        return self.norm(joint_BSC) * scale_BSC + shift_BSC, _per_token(is_video_S, gate, text_gate)
+        shift, scale, gate, text_shift, text_scale, text_gate = modulation[:, None].chunk(6, dim=-1)
+        normed_BSC = modulate(
+            self.norm(joint_BSC), Modulation(text_shift, shift, num_text), Modulation(text_scale, scale, num_text)
+        )
+        return normed_BSC, Modulation(text_gate, gate, num_text)
 
 
 class JointAttention(nn.Module):
@@ -197,11 +238,11 @@ class CogVideoXBlock(nn.Module):
         self.norm2 = ModulatedNorm(config)
         self.ff = FeedForward(config.inner_dim)
 
-    def forward(self, joint_BSC: Tensor, time_BC: Tensor, is_video_S: Tensor, rotary: RotaryTables | None) -> Tensor:
-        normed_BSC, gate_BSC = self.norm1(joint_BSC, time_BC, is_video_S)
-        joint_BSC = joint_BSC + gate_BSC * self.attn1(normed_BSC, rotary)
-        normed_BSC, gate_BSC = self.norm2(joint_BSC, time_BC, is_video_S)
-        return joint_BSC + gate_BSC * self.ff(normed_BSC)
+    def forward(self, joint_BSC: Tensor, time_BC: Tensor, num_text: int, rotary: RotaryTables | None) -> Tensor:
+        normed_BSC, gate = self.norm1(joint_BSC, time_BC, num_text)
+        joint_BSC = add_gated(joint_BSC, self.attn1(normed_BSC, rotary), gate)
+        normed_BSC, gate = self.norm2(joint_BSC, time_BC, num_text)
+        return add_gated(joint_BSC, self.ff(normed_BSC), gate)
 
 
 class PatchEmbed(nn.Module):
@@ -253,9 +294,9 @@ class CogVideoXDiT(nn.Module):
 
     Hooks, each doing nothing special until set from outside:
 
-    - ``split_sequence(tensor, dim)`` keeps this process's part of the joint sequence. It is given the embedded
-      sequence (dim 1), the tokens' kinds (dim 0) and the two rotary tables (dim 0), and must cut all alike.
-    - ``join_sequence(tensor, dim)`` undoes it, on the output of `proj_out` (dim 1).
+    - ``own_tokens(length)`` says which tokens of the joint sequence this process holds, one slice of it.
+    - ``join_sequence(tensor, dim)`` makes the whole sequence of every process's slice, on the output of `proj_out`
+      (dim 1).
     - ``run_block(block, *args)`` calls a block: activation checkpointing goes here.
     - ``attn1.attend`` of every block: see `JointAttention`.
     """
@@ -263,8 +304,8 @@ class CogVideoXDiT(nn.Module):
     def __init__(self, config: CogVideoXConfig) -> None:
         super().__init__()
         self.config = config
-        self.split_sequence: SequenceHook = keep_sequence
-        self.join_sequence: SequenceHook = keep_sequence
+        self.own_tokens: Callable[[int], slice] = all_tokens
+        self.join_sequence: JoinSequence = whole_already
         self.run_block: Callable[..., Tensor] = call_block
         self.patch_embed = PatchEmbed(config)
         self.time_embedding = TimeEmbedding(config)
@@ -300,18 +341,18 @@ class CogVideoXDiT(nn.Module):
         sinusoid_BC = timestep_sinusoid(timesteps_B, config.inner_dim, config.flip_sin_to_cos, config.freq_shift)
         time_BC = self.time_embedding(sinusoid_BC.to(dtype))
         joint_BSC = self.patch_embed(latents_BTCHW.to(dtype), text_BLC.to(dtype))
+        own = self.own_tokens(joint_BSC.shape[1])
+        own_text = len(range(num_text_tokens)[own])
         rotary: RotaryTables | None = None
         if config.use_rotary_positional_embeddings:
             rotary = self._rotary_tables(num_text_tokens, grid_THW, device)
-            rotary = (self.split_sequence(rotary[0], dim=0), self.split_sequence(rotary[1], dim=0))
+            rotary = (rotary[0][own], rotary[1][own])
         else:
             joint_BSC = joint_BSC + self._sincos_embedding(num_text_tokens, grid_THW, device).to(joint_BSC.dtype)
-        is_video_S = torch.arange(joint_BSC.shape[1], device=device) >= num_text_tokens
-        is_video_S = self.split_sequence(is_video_S, dim=0)
-        joint_BSC = self.split_sequence(joint_BSC, dim=1)
+        joint_BSC = joint_BSC[:, own]
 
         for block in self.transformer_blocks:
-            joint_BSC = self.run_block(block, joint_BSC, time_BC, is_video_S, rotary)
+            joint_BSC = self.run_block(block, joint_BSC, time_BC, own_text, rotary)
 
         patches_BSC = self.proj_out(self.norm_out(self.norm_final(joint_BSC), time_BC))
         video_BSC = self.join_sequence(patches_BSC, dim=1)[:, num_text_tokens:]

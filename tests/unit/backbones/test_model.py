@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,7 +55,9 @@ def test_stream_stays_bf16_under_autocast_with_an_fp32_lora(pristine_5b: Path, w
     for block in model.blocks:
         block.attn1.attend = attend_and_note
         for norm in (block.norm1, block.norm2):
-            norm.register_forward_hook(lambda _m, _i, outputs: seen.extend(t.dtype for t in outputs))
+            norm.register_forward_hook(
+                lambda _m, _i, outputs: seen.extend([outputs[0].dtype, outputs[1].video_B1C.dtype])
+            )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         velocity = adapted(*_inputs(model))
     velocity.float().square().mean().backward()
@@ -94,64 +99,44 @@ def test_slices_of_the_sequence_give_the_whole(
 
 
 def _run_in_slices(model: CogVideoXDiT, inputs: tuple[Tensor, Tensor, Tensor], num_ranks: int) -> Tensor:
-    """Run the blocks slice by slice: every tensor that `split_sequence` sees is cut, none is seen whole after it."""
-    parts: list[list[Tensor]] = []
+    """Run the network once for each slice, all in step: each attention sees the keys and values of every slice."""
+    barrier = threading.Barrier(num_ranks)
+    ranks = [copy.deepcopy(model) for _ in range(num_ranks)]
+    sent: list[tuple[Tensor, ...]] = [()] * num_ranks
 
-    def cut(tensor: Tensor, dim: int) -> Tensor:
-        # Uneven on purpose, and with a cut inside the text.
-        length = tensor.shape[dim]
-        sizes = [7] + [(length - 7) // (num_ranks - 1)] * (num_ranks - 1)
-        sizes[-1] += length - sum(sizes)
-        parts.append(list(tensor.split(sizes, dim=dim)))
-        return tensor
+    def hang_hooks(model: CogVideoXDiT, rank: int) -> None:
+        def own_tokens(length: int) -> slice:
+            # Uneven on purpose, and with a cut inside the text.
+            edges = [0, *(7 + part * (length - 7) // (num_ranks - 1) for part in range(num_ranks))]
+            return slice(edges[rank], edges[rank + 1])
 
-    def run_block(block: nn.Module, joint_BSC: Tensor, time_BC: Tensor, *_: object) -> Tensor:
-        *rotary_parts, kinds, _joint = parts
-        pieces = cut_like(joint_BSC, kinds)
-        tables = list(zip(*rotary_parts, strict=True)) if rotary_parts else [None] * num_ranks
-        keys, values = [], []
-
-        def collect(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
-            keys.append(k_BNSD)
-            values.append(v_BNSD)
-            return q_BNSD
+        def exchange(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+            barrier.wait()
+            sent[rank] = tensors
+            barrier.wait()
+            return list(sent)
 
         def attend(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
+            keys, values = zip(*exchange(k_BNSD, v_BNSD), strict=True)
             return nn.functional.scaled_dot_product_attention(q_BNSD, torch.cat(keys, 2), torch.cat(values, 2))
 
-        block.attn1.attend = collect
-        for piece, kind, table in zip(pieces, kinds, tables, strict=True):
-            block(piece, time_BC, kind, table)
-        block.attn1.attend = attend
-        outputs = [block(piece, time_BC, kind, table) for piece, kind, table in zip(pieces, kinds, tables, strict=True)]
-        return torch.cat(outputs, dim=1)
+        def join(tensor: Tensor, dim: int) -> Tensor:
+            return torch.cat([part for (part,) in exchange(tensor)], dim=dim)
 
-    def cut_like(joint_BSC: Tensor, kinds: list[Tensor]) -> tuple[Tensor, ...]:
-        return joint_BSC.split([kind.shape[0] for kind in kinds], dim=1)
+        model.own_tokens, model.join_sequence = own_tokens, join
+        for block in model.blocks:
+            block.attn1.attend = attend
 
-    model.split_sequence = cut
-    model.run_block = run_block
-    return model(*inputs)
+    def run(rank: int) -> Tensor:
+        hang_hooks(ranks[rank], rank)
+        with torch.no_grad():
+            output: Tensor = ranks[rank](*inputs)
+        return output
 
-
-def test_split_sees_all_that_follows_the_sequence_and_join_undoes_it(pristine_5b: Path) -> None:
-    model = _load(pristine_5b)
-    split, joined = [], []
-
-    def note_split(tensor: Tensor, dim: int) -> Tensor:
-        split.append((tuple(tensor.shape), dim))
-        return tensor
-
-    def note_join(tensor: Tensor, dim: int) -> Tensor:
-        joined.append((tuple(tensor.shape), dim))
-        return tensor
-
-    model.split_sequence, model.join_sequence = note_split, note_join
-    with torch.no_grad():
-        model(*_inputs(model))
-    S = 16 + 3 * 4 * 6
-    assert sorted(split) == sorted([((S, 16), 0), ((S, 16), 0), ((S,), 0), ((2, S, 64), 1)])
-    assert joined == [((2, S, 64), 1)]
+    with ThreadPoolExecutor(num_ranks) as threads:
+        outputs = list(threads.map(run, range(num_ranks)))
+    assert all(torch.equal(outputs[0], output) for output in outputs)
+    return outputs[0]
 
 
 def test_recomputing_blocks_from_outside_changes_no_gradient(pristine_5b: Path) -> None:
