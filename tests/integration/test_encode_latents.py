@@ -20,7 +20,8 @@ from exvideo_train.config.latents import EncodeLatents
 from exvideo_train.entry import compose_config, to_dataclass
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.encode import encode_latents
+from exvideo_train.latents import encode
+from exvideo_train.latents.encode import Launch, encode_latents
 from exvideo_train.latents.encoders import TextEncoder, VideoEncoder
 from exvideo_train.latents.store import LatentStore
 
@@ -284,6 +285,17 @@ def test_two_launched_processes_share_the_work(data, tiny_model_5b, run_command,
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = run_command([*launch, *command])
     assert "on 2 encoder(s)" in result.stdout
+    assert identity(store) == good_identity
+
+
+def test_two_encoders_of_one_process_give_the_same_store(
+    data, tiny_model_5b, tmp_path, good_identity, monkeypatch, capsys
+):
+    """As on a machine with two GPUs and no launcher."""
+    monkeypatch.setattr(encode, "find_launch", lambda device: Launch(0, 1, ["cpu", "cpu"]))
+    store = tmp_path / "store"
+    run_here(arguments(tiny_model_5b, data[0] / "clips.jsonl", store))
+    assert "on 2 encoder(s)" in capsys.readouterr().out
     assert identity(store) == good_identity
 
 

@@ -16,7 +16,7 @@ NEVER = 300.0
 
 @pytest.fixture
 def supervise_clips(store, monkeypatch):
-    """Run encoders over clips of given captions: (captions of settled clips, quarantined details by caption, totals)."""
+    """Run encoders over clips of given captions: (captions settled, quarantined by caption, supervisor, error)."""
     monkeypatch.setattr(supervise, "encoder_main", obedient_encoder)
     monkeypatch.setattr(supervise, "WATCH_SECONDS", 0.05)
 
