@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from exvideo_train.clips.record import ClipRecord, read_manifest
@@ -39,11 +40,13 @@ class WorkList:
         self.remove()
         self.taken.mkdir(parents=True)
         size = max(1, min(LARGEST_BLOCK, len(records) // (16 * num_encoders)))
-        atomic_write_text(self._size_path, str(size))
-        for number, start in enumerate(range(0, len(records), size)):
-            lines = [record.to_json() + "\n" for record in records[start : start + size]]
-            shard = f"{number // BLOCKS_A_FOLDER:03d}"
-            atomic_write_text(self.todo / shard / f"{number:08d}.jsonl", "".join(lines))
+        num_blocks = 0
+        for block in _cut_into_blocks(records, size):
+            lines = [record.to_json() + "\n" for record in block]
+            shard = f"{num_blocks // BLOCKS_A_FOLDER:03d}"
+            atomic_write_text(self.todo / shard / f"{num_blocks:08d}.jsonl", "".join(lines))
+            num_blocks += 1
+        atomic_write_text(self._size_path, str(len(records) / max(1, num_blocks)))
 
     def remove(self) -> None:
         """Delete the list."""
@@ -115,8 +118,28 @@ class WorkList:
         return sum(1 for _ in self._free()), sum(1 for _ in self.taken.iterdir()) if self.taken.is_dir() else 0
 
     def num_unsettled(self) -> int:
-        """Clips in blocks that are not finished, about; exact to a block."""
-        return sum(self.counts()) * int(self._size_path.read_text())
+        """Clips in blocks that are not finished, about: blocks differ in size."""
+        return round(sum(self.counts()) * float(self._size_path.read_text()))
+
+
+def _cut_into_blocks(records: Sequence[ClipRecord], size: int) -> Iterator[list[ClipRecord]]:
+    """Blocks of about ``size``, at most twice that; neighbours of one caption stay in one block where they fit.
+
+    An encoder keeps a caption's embedding: in two blocks they may be two encoders' clips, and T5 runs twice.
+    """
+    block: list[ClipRecord] = []
+    for _, neighbours in groupby(records, key=lambda record: record.caption):
+        same = list(neighbours)
+        while len(block) + len(same) > 2 * size:
+            room = size - len(block)
+            yield block + same[:room]
+            block, same = [], same[room:]
+        block += same
+        if len(block) >= size:
+            yield block
+            block = []
+    if block:
+        yield block
 
 
 class Heartbeat:

@@ -1,12 +1,17 @@
 import os
 import threading
 
+import pytest
+
 from exvideo_train.clips.record import ClipRecord, make_clip_id
 from exvideo_train.latents.work import SILENCE_SECONDS, WorkList
 
 
-def records(count):
-    return [ClipRecord(make_clip_id("t", str(n), 0, None), "t", f"/videos/{n}.mp4", 0, None, "c") for n in range(count)]
+def records(count, captions=None):
+    return [
+        ClipRecord(make_clip_id("t", str(n), 0, None), "t", f"/videos/{n}.mp4", 0, None, caption)
+        for n, caption in enumerate(captions or [f"c{n}" for n in range(count)])
+    ]
 
 
 def test_every_block_is_taken_by_one_owner(tmp_path):
@@ -34,6 +39,32 @@ def test_blocks_hold_records_unchanged_and_in_order(tmp_path):
     work.create(records(3), num_encoders=1)
     assert [work.records(work.take("a"))[0] for _ in range(3)] == records(3)
     assert work.take("a") is None
+
+
+def captions_by_block(work):
+    blocks = []
+    while (block := work.take("a")) is not None:
+        blocks.append("".join(record.caption for record in work.records(block)))
+    return blocks
+
+
+@pytest.mark.parametrize(
+    ("captions", "blocks"),
+    [
+        # 32 clips for one encoder: blocks of two.
+        ("abcdefghijklmnopqrstuvwxyzABCDEF", ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "qr", "st", "uv", "wx"]),
+        ("abbccdeeefggggghhijklmnopqrstuvw", ["abb", "cc", "deee", "fg", "gggg", "hh", "ij", "kl", "mn", "op"]),
+        # All of one caption, as of none: nothing is gained, and encoders must end together.
+        ("a" * 32, ["aa"] * 14 + ["aaaa"]),
+    ],
+)
+def test_clips_of_one_caption_stay_in_one_block(tmp_path, captions, blocks):
+    work = WorkList(tmp_path)
+    work.create(records(32, captions), num_encoders=1)
+    assert work.num_unsettled() == 32
+    found = captions_by_block(work)
+    assert found[: len(blocks)] == blocks
+    assert "".join(found) == captions
 
 
 def test_blocks_of_the_dead_are_given_back(tmp_path):

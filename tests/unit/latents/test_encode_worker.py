@@ -1,0 +1,55 @@
+"""One encoder's loop over a work list, with the tiny model and the real clip."""
+
+from collections import Counter
+
+from exvideo_train.clips.record import ClipRecord, make_clip_id
+from exvideo_train.geometry import Geometry
+from exvideo_train.latents.encode_worker import ClipEncoder, EncodeLoop
+from exvideo_train.latents.fingerprint import model_fingerprint, read_scaling_factor
+from exvideo_train.latents.plan import EncodeSettings
+from exvideo_train.latents.store import LatentStore
+from exvideo_train.latents.work import WorkList
+
+GEOMETRY = Geometry(9, 32, 48, 25)
+
+
+def test_captions_shared_by_clips_are_encoded_once(tiny_model_5b, clip_path, tmp_path):
+    fingerprint = model_fingerprint(tiny_model_5b, GEOMETRY, vae_dtype="fp32", text_dtype="fp32", tiling=False)
+    store = LatentStore.create(tmp_path / "store", read_scaling_factor(tiny_model_5b))
+    store.add_geometry(fingerprint)
+    settings = EncodeSettings(
+        model_path=tiny_model_5b,
+        store_path=store.path,
+        fingerprint=fingerprint,
+        scaling_factor=store.scaling_factor,
+        dtype="fp32",
+        tiling=False,
+        text_length=16,
+        decode_workers=2,
+        prefetch_clips=2,
+        clip_timeout_seconds=120.0,
+        recycle_after_clips=100,
+    )
+    captions = ["a rabbit"] * 5 + ["a tree", "a rabbit in a tree"] + ["a meadow"] * 2
+    records = [
+        ClipRecord(make_clip_id("t", str(clip_path), 0.4 * n, None), "t", str(clip_path), 0.4 * n, None, caption)
+        for n, caption in enumerate(captions)
+    ]
+    WorkList(store.path).create(records, num_encoders=1)
+    encoder = ClipEncoder(settings, "cpu")
+    calls: Counter[str] = Counter()
+    encode = encoder._text.encode
+
+    def counted(captions):
+        calls.update(captions)
+        return encode(captions)
+
+    encoder._text.encode = counted
+    messages = []
+    loop = EncodeLoop(settings, "one", messages.append)
+    loop.run(encoder)
+    assert calls == Counter({"": 1, **dict.fromkeys(captions, 1)})
+    assert sorted(store.clip_ids_on_disk(GEOMETRY)) == sorted(record.clip_id for record in records)
+    assert {store.read(record.clip_id, GEOMETRY).caption for record in records} == set(captions)
+    assert loop.totals.num_encoded == len(records)
+    assert Counter(kind for kind, *_ in messages) == {"began": len(records), "settled": len(records)}
