@@ -9,10 +9,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from exvideo_train.backbones.hub import resolve_model_path
 from exvideo_train.config.latents import EncodeEngine, EncodeLatents
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_json
+from exvideo_train.geometry import Geometry
 from exvideo_train.latents.fingerprint import model_fingerprint, read_scaling_factor, read_text_length
 from exvideo_train.latents.plan import (
     EncodeSettings,
@@ -90,7 +92,8 @@ def resolve_settings(config: EncodeLatents, num_local_encoders: int) -> EncodeSe
     if not Path(config.manifest).is_file():
         raise UserError(f"manifest={config.manifest} does not exist; write it with data_prep/build_manifest.py")
     geometry = config.geometry
-    model_path = resolve_model_path(config.model.path, config.model.revision, ("vae", "text_encoder", "tokenizer"))
+    find_model = _cached_model_path if config.dry_run else resolve_model_path
+    model_path = find_model(config.model.path, config.model.revision, ("vae", "text_encoder", "tokenizer"))
     text_length = read_text_length(model_path)
     dtype = config.encoder_dtype.value
     fingerprint = model_fingerprint(
@@ -116,6 +119,23 @@ def resolve_settings(config: EncodeLatents, num_local_encoders: int) -> EncodeSe
         recycle_after_clips=config.recycle_after_clips,
         encode_timeout_seconds=config.encode_timeout_seconds,
     )
+
+
+def _cached_model_path(path: str, revision: str | None, parts: Sequence[str]) -> Path:
+    """As :func:`resolve_model_path`, without a download."""
+    if Path(path).expanduser().exists():
+        return resolve_model_path(path, revision, parts)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(path, revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise UserError(
+            f"model.path={path}: no such folder, and not in the hub's cache; dry_run=true downloads nothing: run "
+            f"`hf download {path}`, or set model.path to a folder in the published layout"
+        ) from None
+    return resolve_model_path(folder, None, parts)
 
 
 def _num_cores() -> int:
@@ -164,10 +184,13 @@ def _share(launch: Launch, outcome: str | None) -> None:
         raise SystemExit(2)
 
 
-def _lock(store_path: Path) -> IO[str]:
+def _lock(store_path: Path, geometry: Geometry) -> IO[str]:
     """The store's lock, held until the file is closed; the system frees it however this process ends."""
-    check_writable(store_path)
-    lock = open(store_path / "reports" / "lock", "a")  # noqa: SIM115 - it is held for the whole run
+    check_writable(store_path, geometry)
+    try:
+        lock = open(store_path / "reports" / "lock", "a")  # noqa: SIM115 - it is held for the whole run
+    except OSError as error:
+        raise UserError(f"latents={store_path}: {error.filename}: {error.strerror}; make it writable") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -191,6 +214,8 @@ def _prepare(config: EncodeLatents, settings: EncodeSettings, launch: Launch) ->
     print(plan.describe(settings), flush=True)
     store.add_geometry(settings.fingerprint)
     sweep_temporary_files(store, settings.geometry)
+    # Figures of a run whose first rank was killed before it took them.
+    shutil.rmtree(_totals_path(store.path, 0).parent, ignore_errors=True)
     take_from_index(store, settings.geometry, plan.outdated)
     drop_damaged_empty_prompt(store)
     quarantine = Quarantine(store.path, settings.geometry)
@@ -205,7 +230,7 @@ def _prepare(config: EncodeLatents, settings: EncodeSettings, launch: Launch) ->
 def _run_first_rank(config: EncodeLatents, settings: EncodeSettings, launch: Launch) -> None:
     began = time.monotonic()
     try:
-        lock = _lock(settings.store_path)
+        lock = _lock(settings.store_path, settings.geometry)
         store, plan = _prepare(config, settings, launch)
     except UserError as error:
         _share(launch, str(error))

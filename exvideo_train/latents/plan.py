@@ -16,7 +16,7 @@ from pathlib import Path
 
 from exvideo_train.clips.record import ClipRecord, read_manifest
 from exvideo_train.errors import UserError
-from exvideo_train.files import atomic_write
+from exvideo_train.files import atomic_write_bytes
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.fingerprint import Fingerprint
 from exvideo_train.latents.quarantine import Quarantine
@@ -213,17 +213,22 @@ def drop_damaged_empty_prompt(store: LatentStore) -> None:
         store.empty_prompt_path.unlink()
 
 
-def check_writable(store_path: Path) -> None:
+def check_writable(store_path: Path, geometry: Geometry) -> None:
     """Fail before any work if the store cannot be written.
 
     Raises:
         UserError: names the folder.
     """
-    try:
-        atomic_write(store_path / "reports" / "writable", lambda temporary: temporary.touch())
-        (store_path / "reports" / "writable").unlink()
-    except OSError as error:
-        raise UserError(f"latents={store_path}: not writable ({error.strerror}); choose another folder") from error
+    clips = store_path / "clips" / geometry.name
+    for folder in (store_path / "reports", store_path, *([clips] if clips.is_dir() else [])):
+        probe = folder / "writable"
+        try:
+            atomic_write_bytes(probe, b"")
+            probe.unlink()
+        except (UserError, OSError) as error:
+            raise UserError(
+                f"latents={store_path}: not writable ({error}); make it writable or choose another folder"
+            ) from error
 
 
 def take_from_index(store: LatentStore, geometry: Geometry, clip_ids: Collection[str]) -> None:

@@ -38,7 +38,10 @@ class WorkList:
     def create(self, records: Sequence[ClipRecord], num_encoders: int) -> None:
         """Replace the list; blocks are small enough that encoders end at about the same time."""
         self.remove()
-        self.taken.mkdir(parents=True)
+        try:
+            self.taken.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot write {self.taken}: {error.strerror}; free space, then run again") from error
         size = max(1, min(LARGEST_BLOCK, len(records) // (16 * num_encoders)))
         num_blocks = 0
         for block in _cut_into_blocks(records, size):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,13 +18,16 @@ from support.processes import ended
 
 from exvideo_train.clips.reader import read_frames
 from exvideo_train.clips.record import ClipRecord, make_clip_id, write_manifest
-from exvideo_train.config.latents import EncodeLatents
+from exvideo_train.config.latents import EncodeLatents, InspectLatents, StoreAction
 from exvideo_train.entry import compose_config, to_dataclass
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents import encode
+from exvideo_train.latents.__main__ import inspect_latents
 from exvideo_train.latents.encode import Launch, encode_latents
+from exvideo_train.latents.encode_worker import Totals
 from exvideo_train.latents.encoders import TextEncoder, VideoEncoder
+from exvideo_train.latents.report import totals_to_json
 from exvideo_train.latents.store import LatentStore
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -179,6 +184,83 @@ def test_dry_run_touches_nothing(data, whole, tiny_model_5b, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in whole[0].rglob("*")} == times
 
 
+def hub_cache(folder, model=None):
+    """A hub cache that holds a model as owner/name, or nothing."""
+    repository = folder / "hub" / "models--owner--name"
+    if model is not None:
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("c0ffee")
+        (repository / "snapshots").mkdir()
+        (repository / "snapshots" / "c0ffee").symlink_to(model)
+    return folder
+
+
+def test_dry_run_of_a_hub_model_downloads_nothing(data, tiny_model_5b, run_command, tmp_path):
+    command = arguments("owner/name", data[0] / "clips.jsonl", tmp_path / "new", "dry_run=true")
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        hub.settimeout(0.1)
+        online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}"}
+        result = run_command(command, status=2, env={**online, "HF_HOME": str(tmp_path / "empty")})
+        assert "model.path=owner/name" in result.stderr
+        assert "`hf download owner/name`" in result.stderr
+        assert "Traceback" not in result.stderr
+        cache = hub_cache(tmp_path / "full", tiny_model_5b)
+        assert "to encode  12" in run_command(command, env={**online, "HF_HOME": str(cache)}).stdout
+        with pytest.raises(TimeoutError):
+            hub.accept()
+    assert not (tmp_path / "new").exists()
+
+
+def test_second_geometry_leaves_the_first_alone(data, whole, tiny_model_5b, run_command, tmp_path, capsys):
+    store = tmp_path / "store"
+    shutil.copytree(whole[0], store)
+    before = {name: content for name, content in identity(store).items() if name.startswith(("clips/", "empty_"))}
+    index = (store / "index.jsonl").read_text().splitlines()
+    portrait = Geometry(17, 96, 64, 25)
+    options = ("num_frames=17", "height=96", "width=64")
+    command = [
+        option for option in arguments(tiny_model_5b, data[0] / "good.jsonl", store) if "num_frames" not in option
+    ]
+    assert "encoded      6" in run_command([*command, *options]).stdout
+    after = identity(store)
+    assert {name: after[name] for name in before} == before
+    assert set(index) < set((store / "index.jsonl").read_text().splitlines())
+    assert LatentStore.open(store).clip_ids(portrait) == LatentStore.open(store).clip_ids(GEOMETRY)
+    inspect_latents(InspectLatents(action=StoreAction.stats, latents=str(store)))
+    stats = capsys.readouterr().out
+    for geometry in (GEOMETRY, portrait):
+        assert f"{geometry.name}: 6 clips, 3 captions" in stats
+    inspect_latents(InspectLatents(action=StoreAction.verify, latents=str(store)))
+    assert "the store is whole" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folders", ["the store's alone", "all"])
+def test_read_only_store_is_named_and_a_later_run_continues(data, whole, tiny_model_5b, run_command, tmp_path, folders):
+    store = tmp_path / "store"
+    shutil.copytree(whole[0], store)
+    sorted(store.glob("clips/*/*/*.safetensors"))[0].unlink()
+    command = arguments(tiny_model_5b, data[0] / "good.jsonl", store)
+    command[0] = str(REPOSITORY / SCRIPT)
+    read_only = [store] if folders != "all" else [store, *(path for path in store.rglob("*") if path.is_dir())]
+    before = identity(store)
+    for folder in read_only:
+        folder.chmod(0o555)
+    try:
+        result = run_command(["tests/support/without_privilege.py", *command], status=2)
+    finally:
+        for folder in read_only:
+            folder.chmod(0o755)
+    assert f"latents={store}: not writable" in result.stderr
+    assert "Permission denied" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert identity(store) == before
+    assert not list(store.rglob("*.tmp"))
+    if folders == "all":
+        result = run_command(["tests/support/without_privilege.py", *command])
+        assert "reused       5" in result.stdout
+        assert identity(store) == identity(whole[0])
+
+
 def test_other_options_than_the_stores_are_refused(data, whole, tiny_model_5b, run_command):
     before = identity(whole[0])
     more = ("tiling=true", "encoder_dtype=fp32")
@@ -294,8 +376,13 @@ def test_two_encoders_of_one_process_give_the_same_store(
     """As on a machine with two GPUs and no launcher."""
     monkeypatch.setattr(encode, "find_launch", lambda device: Launch(0, 1, ["cpu", "cpu"]))
     store = tmp_path / "store"
+    # As an earlier run leaves it whose first rank was killed: no figures of this run.
+    stale = store / "reports" / "ranks" / "00001.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text(json.dumps(totals_to_json([Totals(num_encoded=1000)])))
     run_here(arguments(tiny_model_5b, data[0] / "clips.jsonl", store))
     assert "on 2 encoder(s)" in capsys.readouterr().out
+    assert not stale.exists()
     assert identity(store) == good_identity
 
 
