@@ -70,5 +70,11 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._connection.commit()
-        self._connection.close()
+        try:
+            self._connection.commit()
+        except sqlite3.Error as failure:
+            # An error under way is the one to tell; the journal loses its last seconds, as by a kill.
+            if error is None:
+                raise self._user_error(failure) from None
+        finally:
+            self._connection.close()

@@ -24,7 +24,7 @@ from exvideo_train.clips.container import Reason, VideoInfo
 from exvideo_train.clips.probing import probe_videos
 from exvideo_train.clips.record import ClipRecord, parse_record
 from exvideo_train.clips.sorting import merge_runs, write_run
-from exvideo_train.clips.sources.base import Dropped, RawRows, Source
+from exvideo_train.clips.sources.base import KEPT_REASONS, Dropped, RawRows, Source
 from exvideo_train.clips.workers import Failed, parallel_map
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write
@@ -50,7 +50,10 @@ class ManifestReport:
     def lines(self) -> list[str]:
         """A table for a person."""
         rows = [("clips", self.num_clips), ("videos", self.num_videos)]
-        rows += [(f"dropped: {reason}", count) for reason, count in sorted(self.dropped.items())]
+        rows += [
+            (f"{'clip kept' if reason in KEPT_REASONS else 'dropped'}: {reason}", count)
+            for reason, count in sorted(self.dropped.items())
+        ]
         width = max(len(name) for name, _ in rows)
         return [f"{name:<{width}}  {count:>12,}" for name, count in rows]
 

@@ -17,13 +17,19 @@ from exvideo_train.errors import UserError
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".ts", ".flv", ".mpg", ".mpeg", ".3gp")
 
 MALFORMED_ROW = "malformed_row"
+UNREADABLE_SIDECAR = "unreadable_sidecar"
+# Listed and counted as drops are, while the clip itself enters the manifest.
+KEPT_REASONS = frozenset({UNREADABLE_SIDECAR})
 
 _TIMESTAMP = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:[.,]\d+)?)")
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row or clip that does not enter the manifest; `reason` is a stable word, `where` names file and line."""
+    """What does not enter the manifest: a row or clip, or for `KEPT_REASONS` something that a clip came with.
+
+    `reason` is a stable word, `where` names file and line.
+    """
 
     reason: str
     detail: str

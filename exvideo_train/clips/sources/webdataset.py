@@ -14,7 +14,15 @@ from typing import Any
 
 from exvideo_train.clips.container import Reason
 from exvideo_train.clips.record import TAR_SEPARATOR, ClipRecord
-from exvideo_train.clips.sources.base import VIDEO_SUFFIXES, Dropped, RawRows, Source, as_score, videos_folder
+from exvideo_train.clips.sources.base import (
+    UNREADABLE_SIDECAR,
+    VIDEO_SUFFIXES,
+    Dropped,
+    RawRows,
+    Source,
+    as_score,
+    videos_folder,
+)
 from exvideo_train.clips.sources.video_index import iter_files
 from exvideo_train.errors import UserError
 
@@ -71,7 +79,8 @@ class WebDataset(Source):
             return
         for _, name in piece.rows:
             stem = os.path.splitext(os.path.join(piece.where, name))[0]
-            yield self._clip(os.path.join(piece.where, name), _read(stem + ".txt"), _read(stem + ".json"))
+            video, json_path = os.path.join(piece.where, name), stem + ".json"
+            yield from self._clip(video, _read(stem + ".txt"), _read(json_path), json_path)
 
     def _parse_shard(self, shard: str) -> Iterator[ClipRecord | Dropped]:
         """Pairs members by their name up to the first dot, as WebDataset does."""
@@ -95,10 +104,18 @@ class WebDataset(Source):
             )
         for name in sorted(videos):
             key, _ = _split_member(name)
-            yield self._clip(f"{shard}{TAR_SEPARATOR}{name}", texts.get((key, ".txt")), texts.get((key, ".json")))
+            video, json_path = (f"{shard}{TAR_SEPARATOR}{member}" for member in (name, f"{key}.json"))
+            yield from self._clip(video, texts.get((key, ".txt")), texts.get((key, ".json")), json_path)
 
-    def _clip(self, video: str, text: bytes | None, json_text: bytes | None) -> ClipRecord:
-        metadata = _as_object(json_text)
+    def _clip(
+        self, video: str, text: bytes | None, json_text: bytes | None, json_path: str
+    ) -> Iterator[ClipRecord | Dropped]:
+        metadata: dict[str, Any] = {}
+        try:
+            metadata = _as_object(json_text)
+        except ValueError as error:
+            detail = f"its scores are lost ({error}); download it again"
+            yield Dropped(UNREADABLE_SIDECAR, detail, json_path, video)
         caption = text.decode("utf-8", errors="replace") if text is not None else ""
         for key in _CAPTION_KEYS:
             value = metadata.get(key)
@@ -107,7 +124,7 @@ class WebDataset(Source):
             if not caption.strip() and isinstance(value, str):
                 caption = value
         scores = {name: score for key, name in _SCORES.items() if (score := as_score(metadata.get(key))) is not None}
-        return self.record(video, video, (0.0, None), caption.strip(), scores)
+        yield self.record(video, video, (0.0, None), caption.strip(), scores)
 
 
 def _split_member(name: str) -> tuple[str, str]:
@@ -127,9 +144,7 @@ def _read(path: str) -> bytes | None:
 def _as_object(content: bytes | None) -> dict[str, Any]:
     if content is None:
         return {}
-    try:
-        value = json.loads(content)
-    except ValueError:
-        # A sidecar cut off in writing costs its scores, not its video: the caption stands in the .txt too.
-        return {}
-    return value if isinstance(value, dict) else {}
+    value = json.loads(content)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value

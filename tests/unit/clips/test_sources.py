@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from exvideo_train.clips.manifest import BuildOptions, build_manifest, dropped_path
 from exvideo_train.clips.record import ClipRecord, make_clip_id
 from exvideo_train.clips.sources.base import Dropped, Source, parse_timestamp
 from exvideo_train.clips.sources.folder import CaptionedFolder, CaptionTable
@@ -161,7 +162,10 @@ def video2dataset(folder: Path) -> None:
 def test_video2dataset_folders(tmp_path):
     video2dataset(tmp_path / "out")
     clips, dropped = parsed(WebDataset(str(tmp_path / "out")))
-    assert dropped == []
+    cut_off = tmp_path / "out" / "00001" / "0000000_00000"
+    assert [(drop.reason, drop.where, drop.video) for drop in dropped] == [
+        ("unreadable_sidecar", f"{cut_off}.json", f"{cut_off}.mp4")
+    ]
     assert [(Path(clip.video).relative_to(tmp_path).as_posix(), clip.caption, clip.scores) for clip in clips] == [
         ("out/00000/0000000_00000.mp4", "a caption", {}),
         ("out/00000/0000000_00001.mp4", "from json", {"matching": 0.41}),
@@ -187,9 +191,25 @@ def test_video2dataset_shards_are_listed_in_place(tmp_path):
         (f"{out}/00001.tar::0000000_00000.mp4", ""),
     ]
     assert len({clip.clip_id for clip in clips}) == len(clips)
-    assert [drop.reason for drop in dropped] == ["corrupt"]
+    assert [(drop.reason, drop.where) for drop in dropped] == [
+        ("unreadable_sidecar", f"{out}/00001.tar::0000000_00000.json"),
+        ("corrupt", f"{out}/00002.tar"),
+    ]
     single, _ = parsed(WebDataset(str(out / "00001.tar")))
     assert single == [clips[2]]
+
+
+def test_clips_of_unreadable_sidecars_are_kept_and_counted(tmp_path):
+    video2dataset(tmp_path / "out")
+    (tmp_path / "out/00000/0000000_00000.json").write_text('["no object"]')
+    manifest = tmp_path / "clips.jsonl"
+    report = build_manifest(WebDataset(str(tmp_path / "out")), manifest, BuildOptions(probe=False, progress=False))
+    assert report.num_clips == 3
+    assert report.dropped == {"unreadable_sidecar": 2}
+    assert any(line.startswith("clip kept: unreadable_sidecar") for line in report.lines())
+    listed = [json.loads(line) for line in dropped_path(manifest).read_text().splitlines()]
+    assert [Path(entry["where"]).suffix for entry in listed] == [".json", ".json"]
+    assert all("scores are lost" in entry["detail"] for entry in listed)
 
 
 def test_a_folder_with_captions_beside_the_videos(tmp_path):

@@ -1,0 +1,54 @@
+"""The journal of what was found out: kept, valid for one stamp, and clear about a full disk."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from exvideo_train.clips.journal import Journal
+from exvideo_train.errors import UserError
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process can grow meanwhile."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_was_noted_is_found_until_the_file_changes(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j.sqlite") as journal:
+        journal.put("a", "1", "content")
+    with Journal(tmp_path / "j.sqlite") as journal:
+        assert journal.get("a", "1") == "content"
+        assert journal.get("a", "2") is None
+        assert journal.get("b", "1") is None
+
+
+def test_disk_that_is_full_at_the_end_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    journal = Journal(path)
+    with pytest.raises(UserError, match=f"cannot use {path}: .*free space"), full_disk(), journal:
+        journal.put("a", "1", "x" * 100_000)
+    with Journal(path) as again:
+        assert again.get("a", "1") is None
+
+
+def test_an_error_under_way_is_not_hidden_by_a_full_disk(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j.sqlite")
+
+    def work() -> None:
+        with full_disk(), journal:
+            journal.put("a", "1", "x" * 100_000)
+            raise KeyError("the first")
+
+    with pytest.raises(KeyError, match="the first"):
+        work()
