@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from support.broken import write_broken, write_good
 
 from exvideo_train.clips.reader import read_frames
 from exvideo_train.clips.record import ClipRecord, make_clip_id
@@ -59,31 +60,38 @@ def test_hanging_decoder_is_killed_and_replaced(worker, clip_path):
 
 
 @pytest.mark.parametrize("num_deaths", [1, 2])
-def test_dying_decoder_gets_a_second_chance(worker, clip_path, num_deaths):
-    assert worker.decode(record_of(clip_path)).failure is None
-    first = worker._process.pid
+def test_dying_decoder_gets_a_second_chance(worker, tmp_path, monkeypatch, num_deaths):
+    good = write_good(tmp_path / "good.mp4")
+    video = tmp_path / "clip.mp4"
+    # It takes minutes to read, so that a worker that has it is killed over it and over nothing else.
+    write_broken("hang", good, video)
+    attempts = []
+    attempt = worker._attempt
+
+    def noted(record):
+        attempts.append(worker._process.pid)
+        return attempt(record)
+
+    monkeypatch.setattr(worker, "_attempt", noted)
 
     def kill():
-        killed = set()
-        while len(killed) < num_deaths:
-            process = worker._process
-            # Only while it decodes: the clip is then lost with it.
-            if process is not None and process.pid not in killed and worker._num_served == (process.pid == first):
-                killed.add(process.pid)
-                try:
-                    os.kill(process.pid, 9)
-                except ProcessLookupError:
-                    return
-            time.sleep(0.001)
+        for number in range(num_deaths):
+            while len(attempts) <= number:
+                time.sleep(0.001)
+            if number == 0 and num_deaths == 1:
+                os.replace(good, video)
+            os.kill(attempts[number], signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    decoded = worker.decode(record_of(clip_path))
-    killer.join()
+    decoded = worker.decode(record_of(video, 0.8))
+    assert len(set(attempts)) == len(attempts) == 2
     if num_deaths == 1:
         assert decoded.failure is None
     else:
-        assert decoded.failure is None or decoded.failure.reason == "worker_died"
+        assert decoded.failure is not None
+        assert decoded.failure.reason == "worker_died"
+        assert "exit code -9" in decoded.failure.detail
 
 
 def test_pool_returns_every_clip_once(clip_path, tmp_path):
