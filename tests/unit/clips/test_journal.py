@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,22 +33,23 @@ def test_what_was_noted_is_found_until_the_file_changes(tmp_path: Path) -> None:
         assert journal.get("b", "1") is None
 
 
+def leave_on_a_full_disk(path: Path, error: Exception | None = None) -> None:
+    """Note something, then leave the journal when its file can no longer grow."""
+    with ExitStack() as disk, Journal(path) as journal:
+        journal.put("a", "1", "x" * 100_000)
+        disk.enter_context(full_disk())
+        if error is not None:
+            raise error
+
+
 def test_disk_that_is_full_at_the_end_is_named(tmp_path: Path) -> None:
     path = tmp_path / "j.sqlite"
-    journal = Journal(path)
-    with pytest.raises(UserError, match=f"cannot use {path}: .*free space"), full_disk(), journal:
-        journal.put("a", "1", "x" * 100_000)
+    with pytest.raises(UserError, match=f"cannot use {path}: .*free space"):
+        leave_on_a_full_disk(path)
     with Journal(path) as again:
         assert again.get("a", "1") is None
 
 
 def test_an_error_under_way_is_not_hidden_by_a_full_disk(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "j.sqlite")
-
-    def work() -> None:
-        with full_disk(), journal:
-            journal.put("a", "1", "x" * 100_000)
-            raise KeyError("the first")
-
     with pytest.raises(KeyError, match="the first"):
-        work()
+        leave_on_a_full_disk(tmp_path / "j.sqlite", KeyError("the first"))
