@@ -190,6 +190,8 @@ class ValidationConfig:
     sample_device: str = "cpu"
     """Device of the process that makes sample videos: name a GPU that does not train, like cuda:7, by the machine's
     own numbers."""
+    sample_wait_minutes: float = 30.0
+    """How long a finished run waits for its last sample videos before it gives them up."""
 
 
 @dataclass

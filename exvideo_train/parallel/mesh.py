@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from exvideo_train.errors import UserError
 
 ResultT = TypeVar("ResultT")
+_LONG = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,47 @@ def check_mesh(world_size: int, sequence_size: int, num_heads: int) -> None:
         )
 
 
-def init_mesh(sequence_size: int, timeout_seconds: float) -> Mesh:
+def check_equal_weights(model: nn.Module, mesh: Mesh) -> None:
+    """Every rank must start from the same weights, frozen ones included; sequence parallelism relies on it.
+
+    Compared bit by bit, by a digest that depends on each number's place and is exact in any order of summing.
+
+    Raises:
+        UserError: on rank 0, when a rank holds others; the other ranks exit with status 2.
+    """
+    if mesh.world_size == 1:
+        return
+    digests = {name: _digest(parameter) for name, parameter in model.named_parameters()}
+    everyone = mesh.gather(digests)
+    mesh.main_first(lambda: _compare_digests(everyone))
+
+
+def _compare_digests(everyone: list[dict[str, int]]) -> None:
+    for rank, digests in enumerate(everyone):
+        wrong = [name for name in everyone[0] if digests.get(name) != everyone[0][name]]
+        if wrong:
+            raise UserError(
+                f"rank {rank} loaded other weights than rank 0 ({len(wrong)} tensors, first {wrong[0]}): model.path "
+                "must hold the same files on every machine"
+            )
+
+
+def _digest(parameter: Tensor) -> int:
+    bits = parameter.detach().flatten().view({2: torch.int16, 4: torch.int32}[parameter.element_size()])
+    places = torch.arange(1, bits.numel() + 1, device=bits.device)
+    return int((bits.to(torch.int64) * places).sum())
+
+
+def init_mesh(sequence_size: int, rank_timeout_seconds: float) -> Mesh:
     """Join the process group that the launcher (deepspeed, torchrun, srun) described in the environment.
 
     A plain ``python launch/train.py`` is a world of one rank. NCCL on GPUs, gloo on CPUs.
+
+    Args:
+        sequence_size: ranks that share a sample.
+        rank_timeout_seconds: the watchdog's; collectives wait twice as long, so that it speaks first. 0: no watchdog.
     """
+    patience = timedelta(seconds=max(60.0, 2 * rank_timeout_seconds)) if rank_timeout_seconds else _LONG
     if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and "SLURM_NTASKS" in os.environ:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
@@ -130,7 +167,7 @@ def init_mesh(sequence_size: int, timeout_seconds: float) -> Mesh:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if sequence_size < 1 or world_size % sequence_size:
         check_mesh(world_size, sequence_size, num_heads=sequence_size)
@@ -138,9 +175,10 @@ def init_mesh(sequence_size: int, timeout_seconds: float) -> Mesh:
     if sequence_size > 1:
         for start in range(0, world_size, sequence_size):
             ranks = list(range(start, start + sequence_size))
-            created = dist.new_group(ranks, timeout=timedelta(seconds=timeout_seconds))
+            created = dist.new_group(ranks, timeout=patience)
             if rank in ranks:
                 group = created
-    # Small host-side agreements (stop? finite?) go over gloo, so that they never wait for the device.
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)) if world_size > 1 else None
+    # Small host-side agreements (stop? finite?) go over gloo, so that they never wait for the device. What others wait
+    # for here may be rank 0's download of the weights; a hang is the watchdog's to notice.
+    control = dist.new_group(backend="gloo", timeout=_LONG) if world_size > 1 else None
     return Mesh(rank, world_size, sequence_size, device, group, control)

@@ -49,6 +49,7 @@ class TrainingState:
         num_skipped: updates skipped for non-finite gradients.
         config: the run's options as plain values.
         clips_sha256: of the geometries and ids of the training clips, on which the sample order depends.
+        resumed_from: the checkpoint or run folder given as ``resume`` from which the run once began, else empty.
     """
 
     step: int
@@ -57,6 +58,7 @@ class TrainingState:
     num_skipped: int
     config: dict[str, Any]
     clips_sha256: str = ""
+    resumed_from: str = ""
 
 
 class CorruptCheckpoint(UserError):
@@ -158,6 +160,12 @@ def find_checkpoint(run_dir: Path, resume: str, log: Log) -> Checkpoint | None:
             )
         return found
     path = Path(resume)
+    if existing:
+        # The command repeated, by a person or by Slurm: the run began from that path and has come further since.
+        own = newest_valid_checkpoint(run_dir, log)
+        if own is not None and own.state.resumed_from == str(path.resolve()):
+            log(f"resume={resume}: this run began there and goes on from {own.path.name}")
+            return own
     if (path / "checkpoints").is_dir():
         found = newest_valid_checkpoint(path, log)
         if found is not None:
@@ -176,7 +184,8 @@ def set_aside_later_checkpoints(run_dir: Path, step: int, log: Log) -> None:
     for path in list_checkpoints(run_dir):
         if int(path.name.removeprefix("step_")) > step:
             aside = path.with_name(f"superseded_{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}_older")
             path.rename(aside)
             log(f"the run goes on from step {step}: {path.name} is kept as {aside.name}; delete it when not needed")
 

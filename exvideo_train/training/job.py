@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -25,11 +26,11 @@ from exvideo_train.geometry import Geometry
 from exvideo_train.latents.dataset import LatentDataset, MicroBatchPositions, TrainingBatch, collate
 from exvideo_train.latents.fingerprint import model_fingerprint
 from exvideo_train.latents.order import SampleOrder, samples_within_budget, split_held_out
-from exvideo_train.latents.store import LatentStore
+from exvideo_train.latents.store import CorruptLatent, LatentStore
 from exvideo_train.parallel.cost import training_flops_per_sample
 from exvideo_train.parallel.engine import TrainingEngine
 from exvideo_train.parallel.hardware import device_peak_flops
-from exvideo_train.parallel.mesh import Mesh
+from exvideo_train.parallel.mesh import Mesh, check_equal_weights
 from exvideo_train.parallel.parallelize import Applied, parallelize
 from exvideo_train.training.checkpoint import Checkpoint, check_same_run, find_checkpoint
 from exvideo_train.training.interruption import obey_only_the_parent, stop_signals_held
@@ -40,6 +41,8 @@ Log = Callable[[str], None]
 TRAINING_PARTS = ("transformer", "scheduler")
 # At most a quarter of a small store is held out, so that the experiments' defaults serve a handful of clips too.
 LEAST_CLIPS_PER_HELD_OUT = 4
+SHARED_MEMORY = Path("/dev/shm")
+LEAST_SHARED_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,14 @@ class Job:
     checkpoint: Checkpoint | None
     validator: Validator | None
     compute_dtype: torch.dtype
+    resumed_from: str
+    """The checkpoint or run folder given as `resume`, from which this run once began; empty when it began by itself."""
 
     @property
     def peak_flops(self) -> float | None:
         """FLOP/s that this rank's device can reach in the compute dtype; None where that is not known."""
-        return device_peak_flops(self.mesh.device)
+        # The peaks known are those of bf16.
+        return device_peak_flops(self.mesh.device) if self.compute_dtype is torch.bfloat16 else None
 
     @cache  # noqa: B019 (a process has one job)
     def flops_per_sample(self, geometry: Geometry) -> float:
@@ -133,6 +139,16 @@ def check_options(config: Train) -> None:
     _ = config.geometry
 
 
+def check_and_fetch_model(config: Train, mesh: Mesh) -> Path:
+    """Check the options, then find the model's folder, downloading what is missing of a hub id, on rank 0 first.
+
+    Raises:
+        UserError: an option, or the model.
+    """
+    mesh.main_first(lambda: check_options(config))
+    return mesh.main_first(lambda: resolve_model_path(config.model.path, config.model.revision, TRAINING_PARTS))
+
+
 def open_data(config: Train, mesh: Mesh, model_path: Path, log: Log) -> Data:
     """Open the store, check that it fits, and divide its clips.
 
@@ -156,6 +172,9 @@ def open_data(config: Train, mesh: Mesh, model_path: Path, log: Log) -> Data:
     training, held_out = split_held_out(everything, num_held_out)
     kept = set(training)
     buckets = [(geometry, [i for i in clip_ids if i in kept]) for geometry, clip_ids in ids.items()]
+    for geometry, clip_ids in buckets:
+        if not clip_ids and mesh.is_main:
+            log(f"{geometry.name}: all its {len(ids[geometry])} clips are held out, none is left to train on")
     buckets = [(geometry, clip_ids) for geometry, clip_ids in buckets if clip_ids]
     budget = config.data.token_budget
     per_rank = [samples_within_budget(g, budget) if budget else config.data.batch_size for g, _ in buckets]
@@ -164,10 +183,11 @@ def open_data(config: Train, mesh: Mesh, model_path: Path, log: Log) -> Data:
     return Data(store, buckets, held_out, order)
 
 
-def prepare(config: Train, mesh: Mesh, log: Log, beat: Callable[[str], None]) -> Job:
+def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callable[[str], None]) -> Job:
     """Check everything, load the backbone, add the adapter, build the engine, read the checkpoint.
 
     Args:
+        model_path: what `check_and_fetch_model` returned.
         log: for notes to the user, called on every rank.
         beat: called when work goes on, for the watchdog.
 
@@ -175,8 +195,6 @@ def prepare(config: Train, mesh: Mesh, log: Log, beat: Callable[[str], None]) ->
         UserError: anything that a user can repair.
     """
     # 1. What needs no weights, on rank 0 first: files, fingerprint, checkpoint.
-    mesh.main_first(lambda: check_options(config))
-    model_path = mesh.main_first(lambda: resolve_model_path(config.model.path, config.model.revision, TRAINING_PARTS))
     beat("opening data")
     data = mesh.main_first(lambda: open_data(config, mesh, model_path, log))
     schedule = NoiseSchedule.from_model(model_path).to(mesh.device)
@@ -205,12 +223,15 @@ def prepare(config: Train, mesh: Mesh, log: Log, beat: Callable[[str], None]) ->
     # 3. Parallel forms, then the engine, which broadcasts rank 0's weights and shards the optimizer.
     beat("building the engine")
     applied = mesh.main_first(lambda: parallelize(backbone, config, mesh, dtype))
+    check_equal_weights(backbone, mesh)
     engine = TrainingEngine(backbone, lora_parameters(backbone), config, mesh)
-    engine.assert_equal_weights()
     if checkpoint is not None:
         load_optimizer(engine, checkpoint)
-    validator = _validator(config, mesh, data, schedule, model_path, beat)
-    return Job(config, mesh, model_path, data, schedule, engine, applied, checkpoint, validator, dtype)
+    validator = _validator(config, mesh, data, schedule, model_path, log, beat)
+    resumed_from = checkpoint.state.resumed_from if checkpoint else ""
+    if config.resume not in ("auto", "never"):
+        resumed_from = str(Path(config.resume).resolve())
+    return Job(config, mesh, model_path, data, schedule, engine, applied, checkpoint, validator, dtype, resumed_from)
 
 
 def load_optimizer(engine: TrainingEngine, checkpoint: Checkpoint) -> None:
@@ -220,14 +241,34 @@ def load_optimizer(engine: TrainingEngine, checkpoint: Checkpoint) -> None:
 
 
 def _validator(
-    config: Train, mesh: Mesh, data: Data, schedule: NoiseSchedule, model_path: Path, beat: Callable[[str], None]
+    config: Train,
+    mesh: Mesh,
+    data: Data,
+    schedule: NoiseSchedule,
+    model_path: Path,
+    log: Log,
+    beat: Callable[[str], None],
 ) -> Validator | None:
-    if not config.validation.every_steps or not data.held_out:
+    """The validator of the longest geometry, or None with the reason told."""
+    if not config.validation.every_steps or not config.data.held_out_clips:
+        return None
+    if not data.held_out:
+        log("no validation: the store has too few clips to hold any out")
         return None
     geometry = max((g for g, _ in data.buckets), key=lambda g: g.num_frames)
     in_geometry = set(data.store.clip_ids(geometry))
     clip_ids = [clip_id for clip_id in data.held_out if clip_id in in_geometry]
+    if len(data.buckets) > 1:
+        log(f"validation is of {geometry.name}, the longest geometry: {len(clip_ids)} of {len(data.held_out)} clips")
     if not clip_ids:
+        log(f"no validation: none of the {len(data.held_out)} held-out clips is stored as {geometry.name}")
+        return None
+    damaged: dict[str, str] = mesh.gather(_damaged(data.store, clip_ids, geometry) if mesh.is_main else None)[0]
+    for clip_id, why in damaged.items():
+        log(f"validation goes on without {clip_id}: {why}")
+    clip_ids = [clip_id for clip_id in clip_ids if clip_id not in damaged]
+    if not clip_ids:
+        log("no validation: every held-out clip is damaged")
         return None
     family = backbone_family(model_path)
     base = Geometry(family.num_base_frames(backbone_config(model_path)), geometry.height, geometry.width, geometry.fps)
@@ -240,7 +281,19 @@ def _validator(
         base_latent_frames=base.num_latent_frames,
         mesh=mesh,
         on_progress=lambda: beat("validation"),
+        log=log,
     )
+
+
+def _damaged(store: LatentStore, clip_ids: list[str], geometry: Geometry) -> dict[str, str]:
+    """The clips that cannot be read, and why."""
+    damaged = {}
+    for clip_id in clip_ids:
+        try:
+            store.read(clip_id, geometry)
+        except CorruptLatent as error:
+            damaged[clip_id] = str(error)
+    return damaged
 
 
 def batches(job: Job, position: int) -> Iterator[TrainingBatch]:
@@ -259,6 +312,7 @@ def batches(job: Job, position: int) -> Iterator[TrainingBatch]:
         job.data.order, position, mesh.data_rank, mesh.data_size, config.optim.accumulation_steps
     )
     workers = config.data.num_workers
+    _check_shared_memory(workers, mesh)
     loader: DataLoader[TrainingBatch] = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=positions,
@@ -271,6 +325,18 @@ def batches(job: Job, position: int) -> Iterator[TrainingBatch]:
     )
     with stop_signals_held():
         return iter(loader)
+
+
+def _check_shared_memory(num_workers: int, mesh: Mesh) -> None:
+    """Batches travel through /dev/shm; a container that asked for no more has 64 MB, three batches of one rank."""
+    if not num_workers or mesh.device.type != "cuda" or not SHARED_MEMORY.is_dir():
+        return
+    total = shutil.disk_usage(SHARED_MEMORY).total
+    if total < LEAST_SHARED_BYTES:
+        raise UserError(
+            f"{SHARED_MEMORY} has {total / 2**20:.0f} MiB, too little for data.num_workers={num_workers}: start the "
+            "container with --ipc=host (or --shm-size=8g), or set data.num_workers=0"
+        )
 
 
 def _start_worker(worker: int) -> None:

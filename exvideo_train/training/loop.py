@@ -22,7 +22,14 @@ from exvideo_train.latents.order import num_video_tokens
 from exvideo_train.parallel.mesh import init_mesh
 from exvideo_train.training.checkpoint import CheckpointWriter, TrainingState, set_aside_later_checkpoints
 from exvideo_train.training.interruption import RESUME_STATUS, Interruption
-from exvideo_train.training.job import Job, batches, num_trainable, plain_config, prepare
+from exvideo_train.training.job import (
+    Job,
+    batches,
+    check_and_fetch_model,
+    num_trainable,
+    plain_config,
+    prepare,
+)
 from exvideo_train.training.learning_rate import learning_rate
 from exvideo_train.training.loggers import RunLogger, read_metrics
 from exvideo_train.training.meters import StepMeter
@@ -36,14 +43,16 @@ EMA_ADAPTER_FILE = "adapter_ema.safetensors"
 
 def run(config: Train) -> int:
     """Train, or go on training, in ``config.run_dir``; returns the exit status (0, or 75: run me again)."""
-    mesh = init_mesh(config.parallel.sequence, max(60.0, 2 * config.safety.rank_timeout_seconds))
+    mesh = init_mesh(config.parallel.sequence, config.safety.rank_timeout_seconds)
     logger = RunLogger(Path(config.run_dir), config.logger, plain_config(config), mesh.is_main)
+    # Before the watchdog: a first download of the weights takes as long as it takes.
+    model_path = check_and_fetch_model(config, mesh)
     # The watchdog inside: a launcher's signal must not end it before it has named the rank that failed.
     with (
         Interruption(config.safety.time_limit_minutes) as interruption,
         Watchdog(mesh.rank, mesh.world_size, config.safety.rank_timeout_seconds) as watchdog,
     ):
-        job = prepare(config, mesh, logger.message, watchdog.beat)
+        job = prepare(config, mesh, model_path, logger.message, watchdog.beat)
         trainer = Trainer(job, logger, watchdog, interruption)
         for line in trainer.describe():
             logger.message(line)
@@ -79,12 +88,13 @@ class Trainer:
         options = self.config.checkpoint
         self.writer = CheckpointWriter(self.run_dir, options.keep_last, options.keep_every, logger.message)
         self.meter = StepMeter(self.mesh.device, self.mesh.world_size, self.mesh.sequence_size, job.peak_flops)
-        self.samples = SampleProcess(self.config, self.run_dir, job.model_path, logger.message)
+        self.samples = SampleProcess(self.config, self.run_dir, logger.message)
         state = job.checkpoint.state if job.checkpoint else TrainingState(0, 0, 0, 0, {})
         self.step, self.position = state.step, state.position
         self.num_updates, self.num_skipped = state.num_updates, state.num_skipped
         self.skipped_in_a_row = 0
         self.corrupt_clips: set[str] = set()
+        self.validated_step: int | None = None
         self.mean_loss: float | None = None
 
     def train(self) -> int:
@@ -93,13 +103,15 @@ class Trainer:
             atomic_write_text(self.run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
             set_aside_later_checkpoints(self.run_dir, self.step, self.logger.message)
         self.logger.start(self.step, self.config.max_steps, self.job.checkpoint.path if self.job.checkpoint else None)
-        self.mean_loss = self.mesh.gather(_mean_loss(self.run_dir) if self.mesh.is_main else None)[0]
+        so_far = _from_records(read_metrics(self.run_dir)) if self.mesh.is_main else None
+        self.mean_loss, self.validated_step = self.mesh.gather(so_far)[0]
         self.watchdog.beat("counting FLOPs")
         for geometry, _ in self.job.data.buckets:
             self.job.flops_per_sample(geometry)
         self.data = batches(self.job, self.position)
         results: list[StepResult] = []
-        if self.step == 0:
+        # Step 0, or a step whose validation gave way to an urgent save.
+        if self._is_due(self.config.validation.every_steps) and self.validated_step != self.step:
             self._validate()
         self.meter.reset()
         while self.step < self.config.max_steps:
@@ -107,10 +119,11 @@ class Trainer:
             stop = self.mesh.any(self.interruption.requested)
             save = stop or self._is_due(self.config.checkpoint.every_steps)
             # Before a checkpoint too, so that no record covers steps of both sides of a resume.
-            if self._is_due(self.config.logger.log_every_steps) or not results[-1].applied or save:
+            last = self.step == self.config.max_steps
+            if self._is_due(self.config.logger.log_every_steps) or not results[-1].applied or save or last:
                 self._log(results)
                 results = []
-            if self._is_due(self.config.validation.every_steps):
+            if self._is_due(self.config.validation.every_steps) and not stop:
                 self._validate()
             if save:
                 self._save(wait=stop)
@@ -153,6 +166,7 @@ class Trainer:
         self.step += 1
         self.num_updates += result.applied
         self.num_skipped += not result.applied
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
         meter.add_step()
         return result
 
@@ -195,10 +209,10 @@ class Trainer:
     def _log(self, results: list[StepResult]) -> None:
         """One record for the steps since the last one; here the device is waited for."""
         last = results[-1]
-        local = torch.stack([loss.double() for result in results for loss in result.losses]).cpu()
-        total = self.mesh.sum(torch.tensor([float(local.sum()), float(len(local))], dtype=torch.float64))
-        loss = float(total[0] / total[1])
-        clip_ids = self._report_bad_steps(results, loss)
+        local = torch.stack([torch.stack(result.losses).double().mean() for result in results]).cpu()
+        step_losses = (self.mesh.sum(local) / self.mesh.world_size).tolist()
+        loss = sum(step_losses) / len(step_losses)
+        clip_ids = self._report_bad_steps(results, step_losses)
         speed = self.meter.read()
         corrupt = int(self.mesh.sum(torch.tensor([float(len(self.corrupt_clips))]))[0])
         values: dict[str, Any] = {
@@ -224,22 +238,24 @@ class Trainer:
                 "Lower optim.lr, or remove the clips from the store; safety.max_nonfinite_steps sets the limit"
             )
 
-    def _report_bad_steps(self, results: list[StepResult], loss: float) -> list[str]:
-        """Count and tell skipped updates and loss spikes, with the clips of all ranks."""
-        skipped = not results[-1].applied
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        factor = self.config.safety.loss_spike_factor
-        spike = self.mean_loss is not None and math.isfinite(loss) and loss > factor * self.mean_loss
-        if math.isfinite(loss):
-            self.mean_loss = _smoothed(self.mean_loss, loss)
-        if not skipped and not spike:
-            return []
-        own = [(i, float(x)) for r in results for ids, losses in r.per_sample for i, x in zip(ids, losses, strict=True)]
-        everyone = dict(pair for pairs in self.mesh.gather(own) for pair in pairs)
-        shown = ", ".join(f"{clip_id} ({value:.4g})" for clip_id, value in everyone.items())
-        kind = "update skipped: non-finite gradient" if skipped else f"loss spike: {loss:.4g}"
-        self.logger.message(f"step {self.step}: {kind}; clips (losses): {shown}")
-        return list(everyone)
+    def _report_bad_steps(self, results: list[StepResult], losses: list[float]) -> list[str]:
+        """Tell skipped updates and loss spikes, each with its step and the clips of all ranks; returns the clips."""
+        clip_ids: list[str] = []
+        first = self.step - len(results) + 1
+        for step, (result, loss) in enumerate(zip(results, losses, strict=True), start=first):
+            factor = self.config.safety.loss_spike_factor
+            spike = self.mean_loss is not None and math.isfinite(loss) and loss > factor * self.mean_loss
+            if math.isfinite(loss):
+                self.mean_loss = _smoothed(self.mean_loss, loss)
+            if result.applied and not spike:
+                continue
+            own = [(i, float(x)) for ids, some in result.per_sample for i, x in zip(ids, some, strict=True)]
+            everyone = dict(pair for pairs in self.mesh.gather(own) for pair in pairs)
+            shown = ", ".join(f"{clip_id} ({value:.4g})" for clip_id, value in everyone.items())
+            kind = f"loss spike: {loss:.4g}" if result.applied else "update skipped: non-finite gradient"
+            self.logger.message(f"step {step}: {kind}; clips (losses): {shown}")
+            clip_ids += everyone
+        return clip_ids
 
     def _validate(self) -> None:
         """Score the held-out clips with the adapter and with its moving average; draw the curves."""
@@ -266,7 +282,8 @@ class Trainer:
 
     def _state(self) -> TrainingState:
         options, clips = plain_config(self.config), self.job.data.sha256()
-        return TrainingState(self.step, self.position, self.num_updates, self.num_skipped, options, clips)
+        counters = (self.step, self.position, self.num_updates, self.num_skipped)
+        return TrainingState(*counters, options, clips, self.job.resumed_from)
 
     def _save(self, wait: bool) -> dict[str, dict[str, Tensor]]:
         """Copy the state to rank 0's host memory, then write it in the background."""
@@ -278,16 +295,18 @@ class Trainer:
         return tensors
 
     def _start_samples(self) -> None:
+        """Begin sample videos in a process of their own; whatever goes wrong there is told and harms nothing."""
         tensors = self.engine.gather_state(["lora"])
-        if self.mesh.is_main:
-            captions = (
-                [self.job.data.store.read(i, self.job.validator.geometry).caption for i in self.job.data.held_out[:2]]
-                if self.job.validator
-                else []
-            )
-            adapter = self.run_dir / "samples" / f"step_{self.step:08d}" / ADAPTER_FILE
+        if not self.mesh.is_main:
+            return
+        adapter = self.run_dir / "samples" / f"step_{self.step:08d}" / ADAPTER_FILE
+        try:
+            validator = self.job.validator
+            captions = validator.captions(2) if validator and not self.config.validation.sample_prompts else []
             self._export(adapter, tensors["lora"], "raw")
             self.samples.start(adapter, captions)
+        except (UserError, OSError) as error:
+            self.logger.message(f"no sample videos at step {self.step}: {error}")
 
     def _finish(self) -> None:
         """The last checkpoint and the adapter that other programs load."""
@@ -329,10 +348,12 @@ def _smoothed(mean: float | None, loss: float) -> float:
     return loss if mean is None else 0.98 * mean + 0.02 * loss
 
 
-def _mean_loss(run_dir: Path) -> float | None:
-    """The running mean that spikes are measured by, from the records of the steps so far."""
-    mean = None
-    for record in read_metrics(run_dir):
+def _from_records(records: list[dict[str, Any]]) -> tuple[float | None, int | None]:
+    """The running mean that spikes are measured by, and the last step that was validated."""
+    mean, validated = None, None
+    for record in records:
         if record.get("loss") is not None:
             mean = _smoothed(mean, record["loss"])
-    return mean
+        if "validation" in record:
+            validated = record["step"]
+    return mean, validated

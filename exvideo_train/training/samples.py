@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,14 +19,12 @@ class SampleProcess:
     Args:
         config: geometry, sampler and prompts of the experiment.
         run_dir: videos go to samples/step_N/ in it.
-        model_path: local folder of the model.
         log: told when videos are made, or why not.
     """
 
-    def __init__(self, config: Experiment, run_dir: Path, model_path: Path, log: Callable[[str], None]) -> None:
+    def __init__(self, config: Experiment, run_dir: Path, log: Callable[[str], None]) -> None:
         self.config = config
         self.run_dir = run_dir
-        self.model_path = model_path
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = run_dir
@@ -55,7 +54,9 @@ class SampleProcess:
     def _command(self, adapter: Path, prompts_file: Path) -> list[str]:
         config = self.config
         options = {
-            "model.path": self.model_path,
+            # As given, not the folder that training resolved: sampling needs the text encoder and the VAE too.
+            "model.path": f"'{config.model.path}'",
+            "model.revision": config.model.revision or "null",
             "model.dtype": config.model.dtype.name,
             "num_frames": config.num_frames,
             "height": config.height,
@@ -86,10 +87,18 @@ class SampleProcess:
         self._process = None
 
     def finish(self) -> None:
-        """Wait for the videos under way."""
-        if self._process is not None:
+        """Wait for the videos under way, but not for ever: the run is over and may hold rented GPUs."""
+        if self._process is None:
+            return
+        minutes = self.config.validation.sample_wait_minutes
+        try:
+            self._process.wait(60 * minutes)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-            self.poll()
+            self.log(f"sample videos given up {minutes:g} minutes after the end of training: {self._folder}")
+            self._process = None
+        self.poll()
 
 
 def _be_nice() -> None:

@@ -13,17 +13,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from exvideo_train.diffusion.objective import add_noise, draw, v_prediction_loss, velocity_target
 from exvideo_train.diffusion.schedule import NoiseSchedule
+from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.dataset import posterior_sample
-from exvideo_train.latents.store import LatentStore
+from exvideo_train.latents.store import CorruptLatent, LatentStore, StoredClip
 from exvideo_train.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Far from any training seed, so that validation noise is never training noise.
 _VALIDATION_SEED = 0x5EED_0FA7
@@ -75,6 +79,7 @@ class Validator:
         base_latent_frames: latent frames of the base model.
         mesh: this rank's place.
         on_progress: called before each clip, for the watchdog.
+        log: told which clip has become unreadable.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class Validator:
         base_latent_frames: int,
         mesh: Mesh,
         on_progress: Callable[[], None],
+        log: Callable[[str], None],
     ) -> None:
         self.store = store
         self.clip_ids = list(clip_ids)
@@ -97,6 +103,7 @@ class Validator:
         self.base_latent_frames = base_latent_frames
         self.mesh = mesh
         self.on_progress = on_progress
+        self.log = log
 
     @torch.no_grad()
     def run(self, predict: Predict) -> Validation:
@@ -106,21 +113,50 @@ class Validator:
             predict: (noisy_BTCHW, text_BLC, timesteps_B) -> velocity_BTCHW.
         """
         total_QT = torch.zeros(len(self.timesteps), self.geometry.num_latent_frames, dtype=torch.float64)
+        num_clips = 0
         # Every rank makes the same number of calls, as collectives inside the model (ZeRO-3) demand.
         rounds = math.ceil(len(self.clip_ids) / self.mesh.data_size)
         for round_index in range(rounds):
             index = round_index * self.mesh.data_size + self.mesh.data_rank
-            counts = index < len(self.clip_ids)
             self.on_progress()
-            loss_QT = self._score(index % len(self.clip_ids), predict)
+            stored = self._read(index % len(self.clip_ids))
+            loss_QT = self._score(index % len(self.clip_ids), stored or self._any_clip(), predict)
             # A sequence group's ranks all hold the same loss: its first one counts.
-            if counts and self.mesh.sequence_rank == 0:
+            if stored and index < len(self.clip_ids) and self.mesh.sequence_rank == 0:
                 total_QT += loss_QT
-        total_QT = self.mesh.sum(total_QT) / len(self.clip_ids)
-        return self._summarise(total_QT)
+                num_clips += 1
+        num_clips = int(self.mesh.sum(torch.tensor([float(num_clips)]))[0])
+        return self._summarise(self.mesh.sum(total_QT) / num_clips, num_clips)
 
-    def _score(self, index: int, predict: Predict) -> Tensor:
-        stored = self.store.read(self.clip_ids[index], self.geometry)
+    def _read(self, index: int) -> StoredClip | None:
+        """A clip, or None when it has become unreadable since the start: a disk error must not end the run."""
+        try:
+            return self.store.read(self.clip_ids[index], self.geometry)
+        except CorruptLatent as error:
+            self.log(f"validation goes on without {self.clip_ids[index]}: {error}")
+            return None
+
+    def _any_clip(self) -> StoredClip:
+        """A readable clip to call the model with where the one due is not: ranks must make equal numbers of calls.
+
+        Raises:
+            UserError: every held-out clip has become unreadable.
+        """
+        for clip_id in self.clip_ids:
+            try:
+                return self.store.read(clip_id, self.geometry)
+            except CorruptLatent:
+                continue
+        raise UserError(
+            f"all {len(self.clip_ids)} held-out clips have become unreadable; repair the store with "
+            f"python -m exvideo_train.latents verify latents={self.store.path}"
+        )
+
+    def captions(self, number: int) -> list[str]:
+        """Captions of the first held-out clips."""
+        return [self.store.read(clip_id, self.geometry).caption for clip_id in self.clip_ids[:number]]
+
+    def _score(self, index: int, stored: StoredClip, predict: Predict) -> Tensor:
         channels2, T, H, W = stored.moments_CTHW.shape
         losses = []
         for band, timestep in enumerate(self.timesteps):
@@ -136,7 +172,7 @@ class Validator:
             losses.append(v_prediction_loss(prediction, target).per_position_BT[0].double().cpu())
         return torch.stack(losses)
 
-    def _summarise(self, loss_QT: Tensor) -> Validation:
+    def _summarise(self, loss_QT: Tensor, num_clips: int) -> Validation:
         by_position = loss_QT.mean(dim=0)
         base, beyond = by_position[: self.base_latent_frames], by_position[self.base_latent_frames :]
         return Validation(
@@ -144,16 +180,23 @@ class Validator:
             by_timestep={t: float(loss) for t, loss in zip(self.timesteps, loss_QT.mean(dim=1), strict=True)},
             by_position=[float(loss) for loss in by_position],
             extension_gap=float(beyond.mean() / base.mean()) if len(beyond) else None,
-            num_clips=len(self.clip_ids),
+            num_clips=num_clips,
         )
 
 
 def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw training loss, validation loss, extension gap and loss by position into a PNG.
+    """Draw `curves_figure` into a PNG, which is replaced whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    curves_figure(records).savefig(temporary, format="png", dpi=100)
+    temporary.replace(path)
+
+
+def curves_figure(records: Sequence[dict[str, Any]]) -> Figure:
+    """Training and validation loss, extension gap, and held-out loss by latent frame, side by side.
 
     Args:
         records: of metrics.jsonl.
-        path: file to write.
     """
     from matplotlib.figure import Figure
 
@@ -187,7 +230,4 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         elif axes is not loss_axes:
             hint = "no held-out clips longer than the base model's:\nset data.held_out_clips"
             axes.text(0.5, 0.5, hint, ha="center", transform=axes.transAxes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=100)
-    temporary.replace(path)
+    return figure

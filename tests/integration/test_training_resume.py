@@ -107,6 +107,15 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(trained: Trained) -
     assert state["config"]["lora"]["rank"] == 8
 
 
+def test_a_run_that_began_from_a_path_goes_on_when_its_command_is_repeated(trained: Trained) -> None:
+    """As Slurm does it: the path must not throw the run back to where it began."""
+    first, again = trained.one["from_path"], trained.one["from_path again"]
+    assert (first["status"], again["status"]) == (75, 0)
+    assert any("this run began there and goes on from step_00000002" in message for message in again["messages"])
+    assert not any("is kept as superseded" in message for message in again["messages"])
+    assert [record["step"] for record in trained.metrics("from_path")] == [1, 2, 3, 4]
+
+
 def test_resume_never_and_other_options_are_refused(trained: Trained) -> None:
     assert trained.one["never"]["error"] is None
     assert "resume=never" in trained.one["never again"]["error"]

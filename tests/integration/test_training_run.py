@@ -105,6 +105,16 @@ def test_loss_spikes_are_logged_with_their_clips(trained: Trained) -> None:
     assert 0 < spikes < 5
 
 
+def test_loss_spikes_are_found_between_log_steps_too(trained: Trained) -> None:
+    def spikes(name: str) -> list[str]:
+        return [message for message in trained.one[name]["messages"] if "loss spike" in message]
+
+    assert trained.one["spikes_logged_late"]["status"] == 0
+    assert spikes("spikes_logged_late") == spikes("spikes") != []
+    # Every fourth step, and the last one.
+    assert [record["step"] for record in trained.metrics("spikes_logged_late")] == [4, 6]
+
+
 def test_corrupt_latents_are_replaced_by_the_next_in_order(trained: Trained) -> None:
     result = trained.one["corrupt"]
     assert result["status"] == 0

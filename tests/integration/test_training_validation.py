@@ -13,7 +13,7 @@ from exvideo_train.diffusion.objective import draw
 from exvideo_train.diffusion.schedule import NoiseSchedule
 from exvideo_train.latents.order import split_held_out
 from exvideo_train.latents.store import LatentStore
-from exvideo_train.training.validation import _VALIDATION_SEED
+from exvideo_train.training.validation import _VALIDATION_SEED, curves_figure
 
 BASE_LATENT_FRAMES = 13
 
@@ -70,6 +70,37 @@ def test_validation_changes_nothing_in_training(trained: Trained) -> None:
     first, last = trained.validations("held_out_1")[0], trained.validations("held_out_1")[-1]
     assert last["loss"] < first["loss"], "the held-out loss falls"
     assert (trained.run_dir("held_out_1") / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_damaged_held_out_clips_are_told_and_left_out(trained: Trained) -> None:
+    result = trained.one["held_out_damaged"]
+    assert result["status"] == 0
+    assert any(m.startswith(f"validation goes on without {trained.held_out[0]}: ") for m in result["messages"])
+    scores, whole = trained.validations("held_out_damaged"), trained.validations("held_out_1")
+    assert [score["num_clips"] for score in scores] == [2, 2, 2]
+    assert all(score["loss"] != other["loss"] for score, other in zip(scores, whole, strict=True))
+
+
+def test_a_stop_saves_before_it_validates_and_the_resumed_run_validates(trained: Trained) -> None:
+    assert trained.one["held_out_stopped"]["status"] == 75
+    assert trained.one["held_out_stopped again"]["status"] == 0
+    said = trained.one["held_out_stopped"]["messages"]
+    assert not any(message.startswith("step 2: validation") for message in said)
+    assert trained.validations("held_out_stopped") == trained.validations("held_out_1")
+    assert trained.validations("held_out_stopped", "validation_ema") == trained.validations(
+        "held_out_1", "validation_ema"
+    )
+
+
+def test_curves_show_what_was_recorded(trained: Trained) -> None:
+    assert trained.one["held_out_1"]["status"] == 0
+    loss_axes, gap_axes, position_axes = curves_figure(trained.records("held_out_1")).axes
+    scores, averages = trained.validations("held_out_1"), trained.validations("held_out_1", "validation_ema")
+    assert list(loss_axes.lines[0].get_ydata()) == trained.losses("held_out_1")
+    assert list(gap_axes.lines[0].get_xdata()) == [0, 2, 4]
+    assert list(gap_axes.lines[0].get_ydata()) == [score["extension_gap"] for score in scores]
+    assert list(gap_axes.lines[1].get_ydata()) == [score["extension_gap"] for score in averages]
+    assert list(position_axes.lines[-1].get_ydata()) == scores[-1]["by_position"]
 
 
 @pytest.mark.parametrize("name", ["held_out_1", "held_out_2", "held_out_3"])

@@ -29,9 +29,9 @@ import exvideo_train.training.job as job_module
 from exvideo_train.config.commands import Train
 from exvideo_train.entry import compose_config, to_dataclass
 from exvideo_train.errors import UserError
-from exvideo_train.parallel.mesh import Mesh, init_mesh
+from exvideo_train.parallel.mesh import Mesh, check_equal_weights, init_mesh
 from exvideo_train.training.interruption import Interruption
-from exvideo_train.training.job import Job, prepare
+from exvideo_train.training.job import Job, check_and_fetch_model, prepare
 from exvideo_train.training.loggers import RunLogger
 from exvideo_train.training.loop import Trainer
 from exvideo_train.training.watchdog import Watchdog
@@ -122,9 +122,11 @@ def notices_unequal_weights(job: Job) -> bool:
     if job.mesh.rank == job.mesh.world_size - 1:
         number += 1
     try:
-        job.engine.assert_equal_weights()
-    except AssertionError:
-        return True
+        check_equal_weights(job.engine.module, job.mesh)
+    except UserError as error:
+        return f"rank {job.mesh.world_size - 1} loaded other weights" in str(error)
+    except SystemExit:
+        return not job.mesh.is_main
     finally:
         number.copy_(kept)
     return False
@@ -144,7 +146,7 @@ def run_one(spec: dict[str, Any], mesh: Mesh, config: Train) -> dict[str, Any]:
     trainer = None
     with Watchdog(mesh.rank, mesh.world_size, 0.0) as watchdog, StopAfter(spec.get("stop_after")) as interruption:
         try:
-            job: Job = prepare(config, mesh, logger.message, watchdog.beat)
+            job: Job = prepare(config, mesh, check_and_fetch_model(config, mesh), logger.message, watchdog.beat)
             trainer = interruption.trainer = Recorder(job, logger, watchdog, interruption)
             trainer.disk_full = tuple(spec["disk_full"]) if spec.get("disk_full") else None
             if spec.get("fingerprint"):

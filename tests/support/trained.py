@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from exvideo_train.latents.order import split_held_out
 from support.ranks import many_runs
 from support.store import BASE, LONG, SHORT, clip_ids, write_store
 
@@ -50,6 +51,11 @@ class Trained:
         write_store(self.latents, model, {SHORT: SHORT_CLIPS, BASE: BASE_CLIPS, LONG: LONG_CLIPS})
         self.nan_latents = folder / "nan_latents"
         write_store(self.nan_latents, model, {SHORT: SHORT_CLIPS}, nan_clips=[NAN_CLIP])
+
+    @property
+    def held_out(self) -> list[str]:
+        """Clips that the runs with `HELD_OUT` hold out."""
+        return split_held_out(sorted(LONG_CLIPS), 3)[1]
 
     def overrides(self, name: str, *more: str) -> list[str]:
         """Options of a run in the folder ``name``; later ones win."""
@@ -161,6 +167,7 @@ class Trained:
         _ = self.two
         spec = self.spec
         faults = ["data.batch_size=4", "max_steps=6"]
+        from_path = ["max_steps=4", f"resume={self.checkpoint('never', 1)}"]
         self._damage_latents()
         return many_runs(
             [
@@ -191,7 +198,26 @@ class Trained:
                     "data.num_workers=1",
                 ),
                 spec("spikes", *faults, "safety.loss_spike_factor=1.01"),
+                spec("spikes_logged_late", *faults, "safety.loss_spike_factor=1.01", "logger.log_every_steps=4"),
+                spec(
+                    "held_out_damaged",
+                    *HELD_OUT,
+                    "data.batch_size=2",
+                    "validation.every_steps=2",
+                    f"latents={self.folder / 'held_out_corrupt'}",
+                ),
+                # The stop comes in a step that validation is due in.
+                spec("held_out_stopped", *HELD_OUT, "data.batch_size=2", "validation.every_steps=2", stop_after=2),
+                spec(
+                    "held_out_stopped again",
+                    *HELD_OUT,
+                    "data.batch_size=2",
+                    "validation.every_steps=2",
+                    folder="held_out_stopped",
+                ),
                 spec("never", "max_steps=1", "resume=never"),
+                spec("from_path", *from_path, stop_after=2),
+                spec("from_path again", *from_path, folder="from_path"),
                 spec("never again", "max_steps=1", "resume=never", folder="never"),
                 spec("other seed", "max_steps=1", "seed=7", "lora.rank=4", folder="never"),
             ],
@@ -208,6 +234,10 @@ class Trained:
         content[-5] ^= 1
         files[2].write_bytes(content)
         files[3].write_bytes(files[3].read_bytes()[:-7])
+        store = self.folder / "held_out_corrupt"
+        shutil.copytree(self.latents, store)
+        damaged = next((store / "clips" / LONG.name).rglob(f"{self.held_out[0]}.safetensors"))
+        damaged.write_bytes(damaged.read_bytes()[:-7])
 
     @cached_property
     def two_again(self) -> dict[str, Any]:

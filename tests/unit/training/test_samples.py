@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from exvideo_train.training.samples import SampleProcess, _environment
 def test_failing_sample_videos_are_told_and_harm_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     config = Experiment()
-    samples = SampleProcess(config, tmp_path, tmp_path / "no model", said.append)
+    config.model.path = str(tmp_path / "no model")
+    samples = SampleProcess(config, tmp_path, said.append)
     folder = tmp_path / "samples" / "step_00000010"
     samples.start(folder / "adapter.safetensors", ["a caption\nof two lines"])
     assert (folder / "prompts.txt").read_text() == "a caption of two lines\n"
@@ -23,9 +26,24 @@ def test_failing_sample_videos_are_told_and_harm_nothing(tmp_path: Path) -> None
     samples.finish()
 
 
+def test_videos_that_take_too_long_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    config = Experiment()
+    config.validation.sample_wait_minutes = 0.01
+    samples = SampleProcess(config, tmp_path, said.append)
+    monkeypatch.setattr(SampleProcess, "_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(600)"])
+    folder = tmp_path / "samples" / "step_00000010"
+    samples.start(folder / "adapter.safetensors", ["a caption"])
+    assert samples._process is not None
+    process = samples._process
+    samples.finish()
+    assert process.returncode == -signal.SIGKILL
+    assert said == [f"sample videos given up 0.01 minutes after the end of training: {folder}"]
+
+
 def test_without_prompts_nothing_is_started(tmp_path: Path) -> None:
     said: list[str] = []
-    samples = SampleProcess(Experiment(), tmp_path, tmp_path, said.append)
+    samples = SampleProcess(Experiment(), tmp_path, said.append)
     samples.start(tmp_path / "samples" / "step_00000010" / "adapter.safetensors", [])
     assert said == ["no sample videos for step_00000010: validation.sample_prompts is empty"]
 
