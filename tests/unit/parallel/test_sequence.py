@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,21 @@ def compare_on_rank(rank: int, world_size: int, sequence: int, model: Path, init
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def tiny_model_8_heads(tiny_model_5b: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny 5B with as many heads as the largest sequence group needs."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    folder = tmp_path_factory.mktemp("eight_heads")
+    config = json.loads((tiny_model_5b / "transformer" / "config.json").read_text())
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    torch.manual_seed(0)
+    CogVideoXTransformer3DModel(**{**config, "num_attention_heads": 8}).save_pretrained(folder / "transformer")
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("variant", "world_size", "sequence"), [("5b", 2, 2), ("5b", 4, 4), ("2b", 2, 2), ("5b", 4, 2)]
+    ("variant", "world_size", "sequence"), [("5b", 2, 2), ("5b", 4, 4), ("8_heads", 8, 8), ("2b", 2, 2), ("5b", 4, 2)]
 )
 def test_gradients_equal_the_unsplit_run(
     variant: str, world_size: int, sequence: int, request: pytest.FixtureRequest, tmp_path: Path
