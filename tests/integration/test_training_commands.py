@@ -1,4 +1,4 @@
-"""Training as its users start it, in its lesser ways: by a launch recipe, as a dry run, with sample videos beside it."""
+"""Training as users start it in its lesser ways: by a launch recipe, as a dry run, with sample videos beside it."""
 
 from __future__ import annotations
 
