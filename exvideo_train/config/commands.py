@@ -35,7 +35,8 @@ class Train(Experiment):
     run_dir: str = MISSING
     """Run folder: config, metrics, checkpoints and the exported adapter. The same folder again continues the run."""
     resume: str = "auto"
-    """auto continues from the newest valid checkpoint of run_dir, never begins anew, a path continues from there."""
+    """auto continues from the newest valid checkpoint of run_dir, never refuses a run_dir that has one, a path
+    begins from there (repeated, the command continues run_dir)."""
     dry_run: bool = False
     """Load, check and print everything, run no step and write nothing."""
 

@@ -6,6 +6,7 @@ Axis letters: B batch, C channel, T latent frames, F video frames, H height, W w
 from __future__ import annotations
 
 import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,23 @@ class VideoEncoder:
             uint8 RGB (F, H, W, C) on the CPU, with F = 4 (T - 1) + 1.
         """
         latents_CTHW = latents_TCHW.to(self.device, self.dtype).transpose(0, 1) / self.scaling_factor
-        video_CFHW = self._vae.decode(latents_CTHW[None]).sample[0]
+        video_CFHW = self._decode_whole(latents_CTHW)
+        if video_CFHW is None:
+            # Hours of sampling may be in these latents: tiles change the picture by little and fit.
+            print("warning: decoding ran out of memory; decoding in tiles instead", file=sys.stderr, flush=True)
+            _free_memory(self.device)
+            self._vae.enable_tiling()
+            video_CFHW = self._vae.decode(latents_CTHW[None]).sample[0]
         unit_FHWC = (video_CFHW.float().permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1)
         return (unit_FHWC * 255).round().to(torch.uint8).cpu()
+
+    def _decode_whole(self, latents_CTHW: Tensor) -> Tensor | None:
+        """Pixels (C, F, H, W), or None when memory does not suffice; a caught error would keep its tensors alive."""
+        try:
+            video_CFHW: Tensor = self._vae.decode(latents_CTHW[None]).sample[0]
+            return video_CFHW
+        except torch.OutOfMemoryError:
+            return None
 
     def close(self) -> None:
         """Free the weights."""

@@ -54,8 +54,8 @@ def choose_attention(
     if kernel is AttentionKernel.auto and device.type == "cuda" and name == "math":
         raise UserError(
             f"memory.attention=auto: only the kernel that builds the whole attention map runs for {dtype} on "
-            f"{torch.cuda.get_device_name(device)} (192 GB at 129 frames); use model.dtype=bf16, or install the "
-            "flash-attn extra, or set memory.attention=math for small sizes"
+            f"{torch.cuda.get_device_name(device)} (192 GB at 129 frames); use model.dtype=bf16, or install "
+            "flash-attn (--no-build-isolation), or set memory.attention=math for small sizes"
         )
     return attend, name
 
@@ -82,7 +82,7 @@ def _flash_attn_package() -> Attend:
     except ImportError:
         raise UserError(
             "memory.attention=flash_attn: the package is not installed; "
-            "pip install 'exvideo-train[flash-attn]', or use memory.attention=auto"
+            "pip install flash-attn --no-build-isolation, or use memory.attention=auto"
         ) from None
 
     def attend(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:

@@ -124,6 +124,22 @@ def test_decoding_equals_diffusers_pipeline(model_path, pipeline):
     assert np.abs(frames_FHWC.numpy().astype(float) - expected * 255).max() <= 0.501
 
 
+def test_decoding_that_runs_out_of_memory_goes_on_in_tiles(tiled_model_path, monkeypatch, capsys):
+    latents_TCHW = torch.randn(5, 16, 8, 12, generator=torch.Generator().manual_seed(1)) * 0.7
+    tiled = VideoEncoder(tiled_model_path, "cpu", torch.float32, True).decode(latents_TCHW)
+    encoder = VideoEncoder(tiled_model_path, "cpu", torch.float32, False)
+    decode = encoder._vae.decode
+
+    def decode_tiles_only(latents):
+        if not encoder._vae.use_tiling:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(latents)
+
+    monkeypatch.setattr(encoder._vae, "decode", decode_tiles_only)
+    assert torch.equal(encoder.decode(latents_TCHW), tiled)
+    assert "decoding in tiles" in capsys.readouterr().err
+
+
 def test_bfloat16_is_near_float32(model_path, frames_FHWC):
     full = VideoEncoder(model_path, "cpu", torch.float32, False).encode(frames_FHWC)
     half = VideoEncoder(model_path, "cpu", torch.bfloat16, False).encode(frames_FHWC)
