@@ -39,7 +39,7 @@ from exvideo_train.latents.progress import Progress
 from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.report import Report, make_report, totals_from_json, totals_to_json, write_report
 from exvideo_train.latents.store import LatentStore
-from exvideo_train.latents.supervise import Supervisor
+from exvideo_train.latents.supervise import EncodersDied, Supervisor
 from exvideo_train.latents.work import HEARTBEAT_SECONDS, SILENCE_SECONDS, WorkList
 
 INTERRUPTED_STATUS = 130
@@ -47,11 +47,17 @@ INTERRUPTED_STATUS = 130
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those that were launched together."""
+    """This process among those that were launched together.
+
+    Attributes:
+        devices: what this process encodes on.
+        num_local_encoders: on this machine, by all its processes together; they share its cores.
+    """
 
     rank: int
     world_size: int
     devices: list[str]
+    num_local_encoders: int
 
 
 def encode_latents(config: EncodeLatents) -> None:
@@ -61,7 +67,7 @@ def encode_latents(config: EncodeLatents) -> None:
         UserError: bad options or manifest, a store of another model, a full disk or a read-only folder.
     """
     launch = find_launch(config.device)
-    settings = resolve_settings(config, num_local_encoders=len(launch.devices))
+    settings = resolve_settings(config, launch.num_local_encoders)
     if config.dry_run:
         if launch.rank == 0:
             print(
@@ -158,16 +164,16 @@ def find_launch(device: str) -> Launch:
         from accelerate import PartialState
 
         # Over the CPU: coordinating needs no GPU memory. The first rank may plan a million clips meanwhile.
-        state = PartialState(cpu=True, timeout=timedelta(hours=6))
+        state = PartialState(cpu=True, backend="gloo", timeout=timedelta(hours=6))
         rank, world_size = state.process_index, state.num_processes
         local_rank = state.local_process_index
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_gpus = torch.cuda.device_count()
     if device == "auto":
         mine = [f"cuda:{index}" for index in range(num_gpus) if index % num_local == local_rank % num_local]
-        return Launch(rank, world_size, mine or ["cpu"])
+        return Launch(rank, world_size, mine or ["cpu"], max(num_gpus, num_local))
     if device == "cpu" or (device.startswith("cuda:") and device[5:].isdigit() and int(device[5:]) < num_gpus):
-        return Launch(rank, world_size, [device])
+        return Launch(rank, world_size, [device], num_local)
     raise UserError(f"device={device}: this machine has {num_gpus} GPUs; use device=auto, cpu or cuda:N")
 
 
@@ -277,14 +283,28 @@ def _encode(
 
 def _run_to_the_end(supervisor: Any, settings: EncodeSettings, launch: Launch) -> None:
     """Run this machine's encoders until no block is left, neither free nor in a silent owner's hands."""
-    supervisor.run()
     if launch.world_size == 1:
+        supervisor.run()
         return
     work = WorkList(settings.store_path)
-    while any(work.counts()):
+    broken: EncodersDied | None = None
+    last_sign = time.monotonic()
+    while True:
+        try:
+            if broken is None:
+                supervisor.run()
+        except EncodersDied as error:
+            print(f"warning: rank 0 stops encoding, the others go on: {error}", flush=True)
+            broken = error
         work.give_back_silent(settings.store_path / "reports" / "clock")
-        if work.counts()[0]:
-            supervisor.run()
+        num_free, num_taken = work.counts()
+        if not num_free + num_taken:
+            return
+        if num_taken:
+            last_sign = time.monotonic()
+        elif broken is not None and time.monotonic() - last_sign > SILENCE_SECONDS:
+            # Nobody is left who could take the free blocks.
+            raise broken
         time.sleep(HEARTBEAT_SECONDS)
 
 
@@ -296,6 +316,9 @@ def _run_other_rank(settings: EncodeSettings, launch: Launch) -> None:
             supervisor.run()
         except KeyboardInterrupt:
             raise SystemExit(INTERRUPTED_STATUS) from None
+        except EncodersDied as error:
+            # For one rank's exit status the launcher would end them all.
+            print(f"warning: rank {launch.rank} stops encoding, the others go on: {error}", flush=True)
         finally:
             atomic_write_json(path, totals_to_json(supervisor.totals))
 

@@ -90,15 +90,24 @@ class ClipEncoder:
         Raises:
             UserError: the device's memory is too small.
         """
-        import torch
 
         try:
             return self._video.encode(frames_FHWC).cpu()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             raise UserError(
                 f"the GPU's memory is too small to encode {tuple(frames_FHWC.shape[:3])} frames: set tiling=true, "
                 f"or choose a smaller geometry ({str(error).split('.')[0]})"
             ) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Torch's own error, or what cuDNN says when its workspace does not fit."""
+    import torch
+
+    cudnn = ("CUDNN_STATUS_ALLOC_FAILED", "unable to find an engine")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in cudnn)
 
 
 def not_finite(moments_CTHW: Tensor) -> Failure | None:

@@ -36,6 +36,10 @@ ENCODE_TIMEOUT_GPU_SECONDS = 1800.0
 ENCODE_TIMEOUT_CPU_SECONDS = 18_000.0
 
 
+class EncodersDied(UserError):
+    """Every device of this process has been given up."""
+
+
 @dataclass
 class _Encoder:
     """An encoding process; ``heard`` is when it last said something, on the monotonic clock."""
@@ -193,7 +197,7 @@ class Supervisor:
                 del self._deaths[record.clip_id]
         self.devices.remove(device)
         if not self.devices:
-            raise UserError(
+            raise EncodersDied(
                 f"the encoder on {device} died {len(deaths)} times without finishing a clip ({cause}); its messages "
                 "above say why. Less memory: tiling=true, or fewer decode_workers; a clip may take as long as "
                 "encode_timeout_seconds"

@@ -1,8 +1,13 @@
 """One encoder's loop over a work list, with the tiny model and the real clip."""
 
 from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 from exvideo_train.clips.record import ClipRecord, make_clip_id
+from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.encode_worker import ClipEncoder, EncodeLoop
 from exvideo_train.latents.fingerprint import model_fingerprint, read_scaling_factor
@@ -53,3 +58,32 @@ def test_captions_shared_by_clips_are_encoded_once(tiny_model_5b, clip_path, tmp
     assert {store.read(record.clip_id, GEOMETRY).caption for record in records} == set(captions)
     assert loop.totals.num_encoded == len(records)
     assert Counter(kind for kind, *_ in messages) == {"began": len(records), "settled": len(records)}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_too_little_memory_is_named_however_it_shows(error):
+    with pytest.raises(UserError, match="set tiling=true"):
+        clip_encoder_that_raises(error).moments(torch.zeros(9, 32, 48, 3, dtype=torch.uint8))
+
+
+def test_other_errors_are_not_taken_for_too_little_memory():
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        clip_encoder_that_raises(RuntimeError("CUDA error: an illegal memory access")).moments(
+            torch.zeros(9, 32, 48, 3, dtype=torch.uint8)
+        )
+
+
+def clip_encoder_that_raises(error):
+    def encode(frames_FHWC):
+        raise error
+
+    encoder = ClipEncoder.__new__(ClipEncoder)
+    encoder._video = SimpleNamespace(encode=encode)
+    return encoder
