@@ -374,7 +374,7 @@ def test_two_encoders_of_one_process_give_the_same_store(
     data, tiny_model_5b, tmp_path, good_identity, monkeypatch, capsys
 ):
     """As on a machine with two GPUs and no launcher."""
-    monkeypatch.setattr(encode, "find_launch", lambda device: Launch(0, 1, ["cpu", "cpu"]))
+    monkeypatch.setattr(encode, "find_launch", lambda device: Launch(0, 1, ["cpu", "cpu"], 2))
     store = tmp_path / "store"
     # As an earlier run leaves it whose first rank was killed: no figures of this run.
     stale = store / "reports" / "ranks" / "00001.json"
