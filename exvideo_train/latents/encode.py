@@ -289,9 +289,11 @@ def _run_to_the_end(supervisor: Any, settings: EncodeSettings, launch: Launch) -
     work = WorkList(settings.store_path)
     broken: EncodersDied | None = None
     last_sign = time.monotonic()
+    # Once in any case: the empty prompt may be missing. Then only for free blocks, as encoders load for a minute.
+    due = True
     while True:
         try:
-            if broken is None:
+            if due and broken is None:
                 supervisor.run()
         except EncodersDied as error:
             print(f"warning: rank 0 stops encoding, the others go on: {error}", flush=True)
@@ -305,7 +307,9 @@ def _run_to_the_end(supervisor: Any, settings: EncodeSettings, launch: Launch) -
         elif broken is not None and time.monotonic() - last_sign > SILENCE_SECONDS:
             # Nobody is left who could take the free blocks.
             raise broken
-        time.sleep(HEARTBEAT_SECONDS)
+        due = num_free > 0
+        if not due or broken is not None:
+            time.sleep(HEARTBEAT_SECONDS)
 
 
 def _run_other_rank(settings: EncodeSettings, launch: Launch) -> None:

@@ -91,7 +91,18 @@ def two_machines(store, monkeypatch):
     work.create([ClipRecord("abc", "test", "/a.mp4", 0.0, None, "a rabbit")], num_encoders=2)
     settings = SimpleNamespace(store_path=store.path)
     launch = Launch(0, 2, ["cuda:0"], 1)
-    return work, lambda: encode._run_to_the_end(BrokenSupervisor(), settings, launch)
+    return work, lambda supervisor: encode._run_to_the_end(supervisor, settings, launch)
+
+
+def test_no_encoder_is_started_to_wait_for_blocks_in_others_hands(two_machines):
+    work, run_to_the_end = two_machines
+    block = work.take("another machine")
+    starts = []
+    monitor = SimpleNamespace(run=lambda: starts.append(work.counts()))
+    finishing = threading.Timer(0.4, lambda: work.finish(block))
+    finishing.start()
+    run_to_the_end(monitor)
+    assert starts == [(0, 1)]
 
 
 def test_a_machine_whose_gpus_are_broken_waits_for_the_others(two_machines, capsys):
@@ -99,7 +110,7 @@ def test_a_machine_whose_gpus_are_broken_waits_for_the_others(two_machines, caps
     block = work.take("another machine")
     finishing = threading.Timer(0.8, lambda: work.finish(block))
     finishing.start()
-    run_to_the_end()
+    run_to_the_end(BrokenSupervisor())
     assert not finishing.is_alive()
     assert "rank 0 stops encoding, the others go on: the encoder on cuda:0 died" in capsys.readouterr().out
 
@@ -107,4 +118,4 @@ def test_a_machine_whose_gpus_are_broken_waits_for_the_others(two_machines, caps
 def test_a_machine_whose_gpus_are_broken_says_so_when_no_other_is_left(two_machines):
     _, run_to_the_end = two_machines
     with pytest.raises(EncodersDied):
-        run_to_the_end()
+        run_to_the_end(BrokenSupervisor())
