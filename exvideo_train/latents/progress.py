@@ -26,6 +26,7 @@ class Progress:
         self._num_clips = num_clips
         self._settled: set[str] = set()
         self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
         self._bar: Any = tqdm(
             total=num_clips,
             unit="clip",
@@ -33,19 +34,27 @@ class Progress:
             dynamic_ncols=on_terminal,
             mininterval=0.5 if on_terminal else LOG_SECONDS,
         )
-        self._polls = num_unsettled is not None
+        self._num_unsettled = num_unsettled
         if num_unsettled is not None:
-            threading.Thread(target=self._poll, args=(num_unsettled,), daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
 
     def __call__(self, clip_id: str) -> None:
-        if not self._polls and clip_id not in self._settled:
+        if self._num_unsettled is None and clip_id not in self._settled:
             self._settled.add(clip_id)
             self._bar.update()
 
-    def _poll(self, num_unsettled: Callable[[], int]) -> None:
+    def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
-            self._bar.update(max(0, self._num_clips - num_unsettled() - self._bar.n))
+            self._poll()
+
+    def _poll(self) -> None:
+        if self._num_unsettled is not None:
+            self._bar.update(max(0, self._num_clips - self._num_unsettled() - self._bar.n))
 
     def close(self) -> None:
         self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._poll()
         self._bar.close()

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from support.processes import ended
+from support.ranks import free_port
 
 from exvideo_train.clips.reader import read_frames
 from exvideo_train.clips.record import ClipRecord, make_clip_id, write_manifest
@@ -359,14 +360,23 @@ def test_dead_encoder_is_replaced_and_interruption_reports(data, tiny_model_5b, 
     assert identity(store) == good_identity
 
 
-def test_two_launched_processes_share_the_work(data, tiny_model_5b, run_command, tmp_path, good_identity):
+def test_two_machines_under_accelerate_launch_share_the_work(data, tiny_model_5b, run_command, tmp_path, good_identity):
     store = tmp_path / "store"
     command = arguments(tiny_model_5b, data[0] / "clips.jsonl", store)
     command[0] = str(REPOSITORY / SCRIPT)
-    # What accelerate launch runs for several GPUs or machines; its own CPU launcher needs MPI.
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = run_command([*launch, *command])
+    # For several GPUs accelerate starts torchrun, which needs no GPU; its own launcher for CPUs needs MPI.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=2", "--num_processes=2"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_ip=127.0.0.1"]
+    launch += [f"--main_process_port={free_port()}"]
+    log = tmp_path / "second.log"
+    with open(log, "wb") as stream:
+        second_machine = [sys.executable, *launch, "--machine_rank=1", *command]
+        process = subprocess.Popen(second_machine, cwd=tmp_path, stdout=stream, stderr=stream, start_new_session=True)
+    with ended(process):
+        result = run_command([*launch, "--machine_rank=0", *command])
+        assert process.wait(60) == 0, log.read_text()
     assert "on 2 encoder(s)" in result.stdout
+    assert "encoding: 100%" in result.stderr
     assert identity(store) == good_identity
 
 
