@@ -17,8 +17,9 @@ from torch.utils.data import Dataset, Sampler
 from exvideo_train.diffusion.objective import draw
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
+from exvideo_train.latents.clip_file import CorruptLatent
 from exvideo_train.latents.order import SampleOrder
-from exvideo_train.latents.store import CorruptLatent, LatentStore, StoredClip
+from exvideo_train.latents.store import LatentStore, StoredClip
 
 _log = logging.getLogger(__name__)
 

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 from exvideo_train.clips.record import ClipRecord
 from exvideo_train.errors import UserError
+from exvideo_train.latents.clip_file import CorruptLatent
 from exvideo_train.latents.decode import Decoded, DecodeOptions, DecodePool, Failure, exit_with_parent
 from exvideo_train.latents.plan import EncodeSettings
 from exvideo_train.latents.quarantine import Quarantine
-from exvideo_train.latents.store import CorruptLatent, LatentStore
+from exvideo_train.latents.store import LatentStore
 from exvideo_train.latents.work import Heartbeat, WorkList
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from torch import Tensor
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_bytes
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.store import CorruptLatent, IndexEntry, LatentStore
+from exvideo_train.latents.clip_file import CorruptLatent
+from exvideo_train.latents.store import IndexEntry, LatentStore
 
 FRAMES_SHOWN = 8
 CAPTION_LENGTH = 110

@@ -18,9 +18,10 @@ from exvideo_train.clips.record import ClipRecord, read_manifest
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_bytes
 from exvideo_train.geometry import Geometry
+from exvideo_train.latents.clip_file import CorruptLatent
 from exvideo_train.latents.fingerprint import Fingerprint
 from exvideo_train.latents.quarantine import Quarantine
-from exvideo_train.latents.store import CorruptLatent, IndexEntry, LatentStore
+from exvideo_train.latents.store import IndexEntry, LatentStore
 
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _HEADER_BYTES = 1024

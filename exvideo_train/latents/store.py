@@ -24,9 +24,15 @@ from exvideo_train.files import (
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
-    read_safetensors_header,
 )
 from exvideo_train.geometry import Geometry
+from exvideo_train.latents.clip_file import (
+    CorruptLatent,
+    encode_latent_file,
+    is_latent_file,
+    read_content,
+    read_latent_file,
+)
 from exvideo_train.latents.fingerprint import Fingerprint, explain_differences
 
 if TYPE_CHECKING:
@@ -35,13 +41,6 @@ if TYPE_CHECKING:
     from exvideo_train.clips.record import ClipRecord
 
 FORMAT_VERSION = 1
-# safetensors writes metadata in the order of a randomly seeded hash map: only with a single key are files
-# of equal content equal bytes.
-METADATA_KEY = "exvideo_train"
-
-
-class CorruptLatent(UserError):
-    """A latent file that is missing, truncated or changed since it was written."""
 
 
 @dataclass(frozen=True)
@@ -223,13 +222,13 @@ class LatentStore:
             content["sampling_fps"] = sampling_fps
         if num_tokens_cut:
             content["num_tokens_cut"] = num_tokens_cut
-        data, sha256 = _encode_file(tensors, content)
+        data, sha256 = encode_latent_file(tensors, content)
         atomic_write_bytes(self.clip_path(clip_id, geometry), data)
         return _index_entry({**content, "sha256": sha256}, len(data))
 
     def write_empty_prompt(self, text_LC: Tensor) -> None:
         """Write the embedding of the empty prompt, (L, C)."""
-        data, _ = _encode_file({"text": text_LC}, {"caption": ""})
+        data, _ = encode_latent_file({"text": text_LC}, {"caption": ""})
         atomic_write_bytes(self.empty_prompt_path, data)
 
     def empty_prompt(self, verify: bool = True) -> Tensor:
@@ -238,7 +237,7 @@ class LatentStore:
         Raises:
             CorruptLatent: the file is missing or damaged, or holds something else.
         """
-        tensors, content = _read_file(self.empty_prompt_path, verify)
+        tensors, content = read_latent_file(self.empty_prompt_path, verify)
         if content.get("caption") != "" or "clip_id" in content or set(tensors) != {"text"}:
             raise CorruptLatent(f"{self.empty_prompt_path}: not the empty prompt; delete it and encode again")
         return tensors["text"]
@@ -253,7 +252,7 @@ class LatentStore:
             CorruptLatent: the file is missing, truncated, changed, or of another clip or fingerprint.
         """
         path = self.clip_path(clip_id, geometry)
-        tensors, content = _read_file(path, verify)
+        tensors, content = read_latent_file(path, verify)
         expected = {
             "clip_id": clip_id,
             "geometry": geometry.name,
@@ -273,7 +272,7 @@ class LatentStore:
             CorruptLatent: the file is missing, truncated, or of another fingerprint.
         """
         path = self.clip_path(clip_id, geometry)
-        content = _read_content(path)
+        content = read_content(path)
         if content.get("clip_id") != clip_id or content.get("geometry") != geometry.name:
             raise CorruptLatent(f"{path}: holds another clip; delete it and encode again")
         if content.get("fingerprint") != self.fingerprints[geometry.name].digest():
@@ -334,11 +333,6 @@ class LatentStore:
         return ids
 
 
-def is_latent_file(path: Path) -> bool:
-    """False for the temporary files that a killed writer leaves."""
-    return path.suffix == ".safetensors" and not path.name.startswith(".")
-
-
 def caption_digest(caption: str) -> str:
     """Short hex digest of a caption: a changed caption needs its clip encoded again."""
     return hashlib.sha256(caption.encode()).hexdigest()[:16]
@@ -354,48 +348,3 @@ def _index_entry(content: dict[str, Any], num_bytes: int) -> IndexEntry:
         sampling_fps=content.get("sampling_fps"),
         num_tokens_cut=content.get("num_tokens_cut"),
     )
-
-
-def tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes of tensors, in the order of their names."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _encode_file(tensors: dict[str, Tensor], content: dict[str, Any]) -> tuple[bytes, str]:
-    from safetensors.torch import save
-
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    sha256 = tensors_digest(ready)
-    metadata = {METADATA_KEY: json.dumps({**content, "sha256": sha256}, sort_keys=True)}
-    return save(ready, metadata), sha256
-
-
-def _read_content(path: Path) -> dict[str, Any]:
-    try:
-        header = read_safetensors_header(path)
-        content = dict[str, Any](json.loads(header["__metadata__"][METADATA_KEY]))
-    except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = str(error) if isinstance(error, UserError) else f"{path} is not a latent file ({error!r})"
-        raise CorruptLatent(f"{reason}; delete it and encode again") from error
-    return content
-
-
-def _read_file(path: Path, verify: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    content = _read_content(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise CorruptLatent(f"{path} cannot be read ({error}); delete it and encode again") from error
-    if verify and tensors_digest(tensors) != content.get("sha256"):
-        raise CorruptLatent(f"{path}: its tensors do not match their checksum; delete it and encode again")
-    return tensors, content

@@ -23,10 +23,11 @@ from exvideo_train.config.experiment import Dtype, Experiment
 from exvideo_train.diffusion.schedule import NoiseSchedule
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
+from exvideo_train.latents.clip_file import CorruptLatent
 from exvideo_train.latents.dataset import LatentDataset, MicroBatchPositions, TrainingBatch, collate
 from exvideo_train.latents.fingerprint import model_fingerprint
 from exvideo_train.latents.order import SampleOrder, samples_within_budget, split_held_out
-from exvideo_train.latents.store import CorruptLatent, LatentStore
+from exvideo_train.latents.store import LatentStore
 from exvideo_train.parallel.cost import training_flops_per_sample
 from exvideo_train.parallel.engine import TrainingEngine
 from exvideo_train.parallel.hardware import device_peak_flops

@@ -22,8 +22,9 @@ from exvideo_train.diffusion.objective import add_noise, draw, v_prediction_loss
 from exvideo_train.diffusion.schedule import NoiseSchedule
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
+from exvideo_train.latents.clip_file import CorruptLatent
 from exvideo_train.latents.dataset import posterior_sample
-from exvideo_train.latents.store import CorruptLatent, LatentStore, StoredClip
+from exvideo_train.latents.store import LatentStore, StoredClip
 from exvideo_train.parallel.mesh import Mesh
 
 if TYPE_CHECKING:

@@ -2,9 +2,9 @@
 
 import pytest
 
+from exvideo_train.latents.clip_file import CorruptLatent
 from exvideo_train.latents.inspection import verify_store
 from exvideo_train.latents.plan import drop_damaged_empty_prompt
-from exvideo_train.latents.store import CorruptLatent
 from tests.unit.latents.conftest import GEOMETRY
 
 

@@ -9,8 +9,9 @@ import torch
 
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
+from exvideo_train.latents.clip_file import CorruptLatent
 from exvideo_train.latents.fingerprint import component_digest, model_fingerprint, read_scaling_factor
-from exvideo_train.latents.store import CorruptLatent, LatentStore
+from exvideo_train.latents.store import LatentStore
 from tests.unit.latents.conftest import GEOMETRY, fill, fingerprint_of
 
 
