@@ -13,7 +13,7 @@ from exvideo_train.training.checkpoint import list_checkpoints, load_checkpoint
 
 # What encodes: the training process needs none of it. (PEFT imports the base classes of transformers.)
 ENCODERS = (
-    "transformers.models.t5",
+    "transformers.models.t5.modeling_t5",
     "diffusers.models.autoencoders",
     "diffusers.pipelines",
     "decord",
