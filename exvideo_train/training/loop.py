@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import OmegaConf
@@ -93,7 +93,9 @@ class Trainer:
         self.step, self.position = state.step, state.position
         self.num_updates, self.num_skipped = state.num_updates, state.num_skipped
         self.skipped_in_a_row = 0
+        # This rank's, and those of all ranks that have been told.
         self.corrupt_clips: set[str] = set()
+        self.reported_corrupt: set[str] = set()
         self.validated_step: int | None = None
         self.mean_loss: float | None = None
 
@@ -178,12 +180,6 @@ class Trainer:
             # A worker process wraps its message into a traceback.
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from error
         self.corrupt_clips.update(batch.replaced)
-        if len(self.corrupt_clips) > self.config.data.max_corrupt_clips:
-            raise UserError(
-                f"{len(self.corrupt_clips)} latent files are corrupt, more than data.max_corrupt_clips="
-                f"{self.config.data.max_corrupt_clips}; repair the store with "
-                f"python -m exvideo_train.latents verify latents={self.config.latents}"
-            )
         num_samples = len(batch.clip_ids)
         geometry = self.job.data.buckets[self.job.data.order.locate(batch.positions[0])[0]][0]
         self.position += num_samples * self.mesh.data_size
@@ -214,7 +210,7 @@ class Trainer:
         loss = sum(step_losses) / len(step_losses)
         clip_ids = self._report_bad_steps(results, step_losses)
         speed = self.meter.read()
-        corrupt = int(self.mesh.sum(torch.tensor([float(len(self.corrupt_clips))]))[0])
+        corrupt = set().union(*self.mesh.gather(self.corrupt_clips))
         values: dict[str, Any] = {
             "loss": loss,
             "grad_norm": last.grad_norm,
@@ -222,21 +218,32 @@ class Trainer:
             "epoch": self.job.data.order.epoch_of(self.position),
             "position": self.position,
             "skipped_updates": self.num_skipped,
-            "corrupt_clips": corrupt,
+            "corrupt_clips": len(corrupt),
             "speed": asdict(speed),
         }
         if clip_ids:
             values["clip_ids"] = clip_ids
         self.logger.record(self.step, values)
         self.logger.step_line(self.step, values)
+        if new := sorted(corrupt - self.reported_corrupt):
+            self.logger.message(f"step {self.step}: corrupt latents, replaced by the next in order: {', '.join(new)}")
+            self.reported_corrupt |= corrupt
+        if len(corrupt) > self.config.data.max_corrupt_clips:
+            self._give_up(
+                f"{len(corrupt)} latent files are corrupt, more than data.max_corrupt_clips="
+                f"{self.config.data.max_corrupt_clips}; repair the store with "
+                f"python -m exvideo_train.latents verify latents={self.config.latents}"
+            )
         if self.skipped_in_a_row > self.config.safety.max_nonfinite_steps:
-            if not self.mesh.is_main:
-                raise SystemExit(2)
-            raise UserError(
+            self._give_up(
                 f"{self.skipped_in_a_row} updates in a row had a non-finite gradient (clips above and in "
                 f"metrics.jsonl); the weights are those of the last good update and the last checkpoint is intact. "
                 "Lower optim.lr, or remove the clips from the store; safety.max_nonfinite_steps sets the limit"
             )
+
+    def _give_up(self, message: str) -> NoReturn:
+        """End the run on all ranks, which agree on it; one of them tells why."""
+        raise UserError(message) if self.mesh.is_main else SystemExit(2)
 
     def _report_bad_steps(self, results: list[StepResult], losses: list[float]) -> list[str]:
         """Tell skipped updates and loss spikes, each with its step and the clips of all ranks; returns the clips."""
