@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Tests that start several processes run on one worker (tests/conftest.py), so two workers suit two cores and more.
+# Tests that start several processes are dealt out to two workers (tests/conftest.py), which suits two cores and more.
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 .PHONY: help demo test setup lint format clean

@@ -31,11 +31,15 @@ if os.environ.get("EXVIDEO_TEST_GPU") != "1":
 os.environ.update(ENVIRONMENT)
 
 
+# First, before xdist looks for the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Integration tests start several processes each: one xdist worker takes them all, one after another.
+    # Integration tests start several processes each: one xdist worker takes those of training, which share their runs,
+    # one takes the others, each one after another.
     for item in items:
         if "integration" in item.path.relative_to(REPOSITORY).parts:
-            item.add_marker(pytest.mark.xdist_group("integration"))
+            group = "training" if "trained" in getattr(item, "fixturenames", ()) else "data"
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _tiny_model(tmp_path_factory: pytest.TempPathFactory, variant: Literal["5b", "2b"]) -> Path:
