@@ -13,12 +13,16 @@ Starting a rank takes ten times as long as a tiny training. Every run here is pr
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import hashlib
 import json
 import resource
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +136,14 @@ def notices_unequal_weights(job: Job) -> bool:
     return False
 
 
+@contextmanager
+def one_wandb_at_a_time() -> Iterator[None]:
+    """Two of wandb's services that started in the same moment have been seen to hang."""
+    with open(Path(tempfile.gettempdir()) / "exvideo_train_wandb.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def run_one(spec: dict[str, Any], mesh: Mesh, config: Train) -> dict[str, Any]:
     messages: list[str] = []
     logger = RunLogger(Path(config.run_dir), config.logger, {"run_dir": config.run_dir}, mesh.is_main)
@@ -181,7 +193,8 @@ def main() -> None:
         mesh = init_mesh(config.parallel.sequence, 300.0)
         rank = mesh.rank
         started = time.monotonic()
-        results[spec["name"]] = run_one(spec, mesh, config)
+        with one_wandb_at_a_time() if config.logger.wandb else nullcontext():
+            results[spec["name"]] = run_one(spec, mesh, config)
         if rank == 0:
             print(f"== {spec['name']}: {time.monotonic() - started:.1f} s", flush=True)
         gc.collect()
