@@ -16,8 +16,8 @@ from tqdm import tqdm
 from exvideo_train.clips.container import PASSING_REASONS, Reason, UnreadableClip, VideoInfo, open_bytes, probe_video
 from exvideo_train.clips.journal import Journal, file_stamp
 from exvideo_train.clips.quality import ClipMeasures, bars_in_crop, measure_clip
-from exvideo_train.clips.reader import TIME_TOLERANCE_SECONDS
 from exvideo_train.clips.record import ClipRecord, read_manifest
+from exvideo_train.clips.timing import TIME_TOLERANCE_SECONDS
 from exvideo_train.clips.workers import Failed, parallel_map
 from exvideo_train.config.clips import FilterThresholds
 from exvideo_train.geometry import Geometry

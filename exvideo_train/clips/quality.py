@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from exvideo_train.clips.reader import iter_window
+from exvideo_train.clips.pyav_frames import iter_window
 
 # Analysed frames are this wide (or high): enough for cuts and bars, 40 kB each.
 ANALYSIS_LONG_SIDE = 160

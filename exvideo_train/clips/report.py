@@ -18,7 +18,7 @@ import numpy as np
 from exvideo_train.clips.container import UnreadableClip
 from exvideo_train.clips.filtering import FilterReport
 from exvideo_train.clips.judging import FilterOptions, Judged
-from exvideo_train.clips.reader import iter_frames
+from exvideo_train.clips.pyav_frames import iter_frames
 from exvideo_train.files import atomic_write_text
 
 _NUM_BINS = 40

@@ -17,6 +17,13 @@ class EncodeEngine(Enum):
     ray = "ray"
 
 
+class Decoder(Enum):
+    """What decodes clips."""
+
+    pyav = "pyav"
+    decord = "decord"
+
+
 @dataclass
 class EncodeLatents(Experiment):
     manifest: str = MISSING
@@ -25,6 +32,8 @@ class EncodeLatents(Experiment):
     """Latent store to write or continue. Several geometries of one model share a store."""
     engine: EncodeEngine = EncodeEngine.local
     """local takes every GPU of this machine, or of all machines under accelerate launch; ray runs on a Ray cluster."""
+    decoder: Decoder = Decoder.pyav
+    """pyav is faster and rounds colours exactly; decord gives the same moments. A geometry's clips are all of one."""
     encoder_dtype: Dtype = Dtype.bf16
     """Number format of T5 and the VAE while encoding. fp32 is for tests on a CPU."""
     tiling: bool = False

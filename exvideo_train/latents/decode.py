@@ -54,11 +54,13 @@ class DecodeOptions:
     Attributes:
         timeout_seconds: wall-clock time a clip may take before its worker is killed.
         recycle_after: clips after which a worker is replaced, so that a decoder's leaks cannot grow.
+        decoder: ``pyav`` or ``decord``.
     """
 
     geometry: Geometry
     timeout_seconds: float
     recycle_after: int
+    decoder: str = "pyav"
 
 
 def exit_with_parent() -> None:
@@ -73,14 +75,15 @@ def exit_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _serve(connection: Connection, geometry: Geometry) -> None:
+def _serve(connection: Connection, geometry: Geometry, decoder: str) -> None:
     """Main function of a worker: records in, frames or failures out, until the pipe closes."""
     exit_with_parent()
     # Before the first clip's time begins to run: on a busy machine these take longer than a clip.
     import av  # noqa: F401
     import torch  # noqa: F401
 
-    from exvideo_train.clips.reader import UnreadableClip, read_frames
+    from exvideo_train.clips.container import UnreadableClip
+    from exvideo_train.clips.reader import read_frames
 
     connection.send("ready")
     while True:
@@ -89,7 +92,7 @@ def _serve(connection: Connection, geometry: Geometry) -> None:
         except EOFError:
             return
         try:
-            frames_FHWC = read_frames(record, geometry, num_threads=1)
+            frames_FHWC = read_frames(record, geometry, num_threads=1, decoder=decoder)
         except UnreadableClip as error:
             connection.send(Failure(error.reason, error.detail))
         # Any error that reading one clip raises is that clip's failure and ends up in the report.
@@ -134,7 +137,9 @@ class DecodeWorker:
     def _start(self) -> bool:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.options.geometry), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, self.options.geometry, self.options.decoder), daemon=True
+        )
         self._process.start()
         theirs.close()
         self._num_served = 0

@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from exvideo_train.backbones.hub import resolve_model_path
 from exvideo_train.config.latents import EncodeEngine, EncodeLatents
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_json
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.fingerprint import model_fingerprint, read_scaling_factor, read_text_length
+from exvideo_train.latents.launch import Launch, find_launch, share_outcome
 from exvideo_train.latents.plan import (
-    EncodeSettings,
     Plan,
     check_writable,
     drop_damaged_empty_prompt,
@@ -38,26 +34,12 @@ from exvideo_train.latents.plan import (
 from exvideo_train.latents.progress import Progress
 from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.report import Report, make_report, totals_from_json, totals_to_json, write_report
+from exvideo_train.latents.settings import EncodeSettings, resolve_settings
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.latents.supervise import EncodersDied, Supervisor
 from exvideo_train.latents.work import HEARTBEAT_SECONDS, SILENCE_SECONDS, WorkList
 
 INTERRUPTED_STATUS = 130
-
-
-@dataclass(frozen=True)
-class Launch:
-    """This process among those that were launched together.
-
-    Attributes:
-        devices: what this process encodes on.
-        num_local_encoders: on this machine, by all its processes together; they share its cores.
-    """
-
-    rank: int
-    world_size: int
-    devices: list[str]
-    num_local_encoders: int
 
 
 def encode_latents(config: EncodeLatents) -> None:
@@ -79,115 +61,8 @@ def encode_latents(config: EncodeLatents) -> None:
     if launch.rank == 0:
         _run_first_rank(config, settings, launch)
     else:
-        _share(launch, None)
+        share_outcome(launch, None)
         _run_other_rank(settings, launch)
-
-
-def resolve_settings(config: EncodeLatents, num_local_encoders: int) -> EncodeSettings:
-    """Check the options and find out everything that shapes the latents.
-
-    Raises:
-        UserError: an option has no sense, or the model is not there.
-    """
-    for name in ("prefetch_clips", "recycle_after_clips", "clip_timeout_seconds"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"{name}={getattr(config, name)}: must be positive")
-    for name in ("decode_workers", "max_clips", "encode_timeout_seconds"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name}={getattr(config, name)}: must be 0 or more")
-    if not Path(config.manifest).is_file():
-        raise UserError(f"manifest={config.manifest} does not exist; write it with data_prep/build_manifest.py")
-    geometry = config.geometry
-    find_model = _cached_model_path if config.dry_run else resolve_model_path
-    model_path = find_model(config.model.path, config.model.revision, ("vae", "text_encoder", "tokenizer"))
-    text_length = read_text_length(model_path)
-    dtype = config.encoder_dtype.value
-    fingerprint = model_fingerprint(
-        model_path,
-        geometry,
-        vae_dtype=dtype,
-        text_dtype=dtype,
-        tiling=config.tiling,
-        text_length=text_length,
-        write_cache=not config.dry_run,
-    )
-    return EncodeSettings(
-        model_path=model_path.absolute(),
-        store_path=Path(config.latents).absolute(),
-        fingerprint=fingerprint,
-        scaling_factor=read_scaling_factor(model_path),
-        dtype=dtype,
-        tiling=config.tiling,
-        text_length=text_length,
-        decode_workers=config.decode_workers or max(1, (_num_cores() - 1) // max(1, num_local_encoders)),
-        prefetch_clips=config.prefetch_clips,
-        clip_timeout_seconds=config.clip_timeout_seconds,
-        recycle_after_clips=config.recycle_after_clips,
-        encode_timeout_seconds=config.encode_timeout_seconds,
-    )
-
-
-def _cached_model_path(path: str, revision: str | None, parts: Sequence[str]) -> Path:
-    """As :func:`resolve_model_path`, without a download."""
-    if Path(path).expanduser().exists():
-        return resolve_model_path(path, revision, parts)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(path, revision=revision, local_files_only=True)
-    except (LocalEntryNotFoundError, HFValidationError):
-        raise UserError(
-            f"model.path={path}: no such folder, and not in the hub's cache; dry_run=true downloads nothing: run "
-            f"`hf download {path}`, or set model.path to a folder in the published layout"
-        ) from None
-    return resolve_model_path(folder, None, parts)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def find_launch(device: str) -> Launch:
-    """Rank, number of ranks and this process's devices, under ``accelerate launch``, torchrun or none of them.
-
-    Raises:
-        UserError: a device that is not there.
-    """
-    import torch
-
-    local_rank, num_local = 0, 1
-    rank, world_size = 0, 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from datetime import timedelta
-
-        from accelerate import PartialState
-
-        # Over the CPU: coordinating needs no GPU memory. The first rank may plan a million clips meanwhile.
-        state = PartialState(cpu=True, backend="gloo", timeout=timedelta(hours=6))
-        rank, world_size = state.process_index, state.num_processes
-        local_rank = state.local_process_index
-        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    num_gpus = torch.cuda.device_count()
-    if device == "auto":
-        mine = [f"cuda:{index}" for index in range(num_gpus) if index % num_local == local_rank % num_local]
-        return Launch(rank, world_size, mine or ["cpu"], max(num_gpus, num_local))
-    if device == "cpu" or (device.startswith("cuda:") and device[5:].isdigit() and int(device[5:]) < num_gpus):
-        return Launch(rank, world_size, [device], num_local)
-    raise UserError(f"device={device}: this machine has {num_gpus} GPUs; use device=auto, cpu or cuda:N")
-
-
-def _share(launch: Launch, outcome: str | None) -> None:
-    """The first rank tells the others that the work list stands, or why not."""
-    if launch.world_size == 1:
-        return
-    from accelerate.utils import broadcast_object_list
-
-    box = [outcome]
-    broadcast_object_list(box)
-    if launch.rank != 0 and box[0] is not None:
-        # The first rank prints the message.
-        raise SystemExit(2)
 
 
 def _lock(store_path: Path, geometry: Geometry) -> IO[str]:
@@ -239,9 +114,9 @@ def _run_first_rank(config: EncodeLatents, settings: EncodeSettings, launch: Lau
         lock = _lock(settings.store_path, settings.geometry)
         store, plan = _prepare(config, settings, launch)
     except UserError as error:
-        _share(launch, str(error))
+        share_outcome(launch, str(error))
         raise
-    _share(launch, None)
+    share_outcome(launch, None)
     with lock:
         _encode(config, settings, launch, store, plan, began)
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from exvideo_train.clips.record import ClipRecord
 from exvideo_train.errors import UserError
 from exvideo_train.latents.clip_file import CorruptLatent
-from exvideo_train.latents.decode import Decoded, DecodeOptions, DecodePool, Failure, exit_with_parent
-from exvideo_train.latents.plan import EncodeSettings
+from exvideo_train.latents.decode import Decoded, DecodePool, Failure, exit_with_parent
 from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.latents.work import Heartbeat, WorkList
 
@@ -141,8 +141,7 @@ class EncodeLoop:
         if not self.store.empty_prompt_path.exists():
             self.store.write_empty_prompt(encoder.text(""))
         settings = self.settings
-        options = DecodeOptions(settings.geometry, settings.clip_timeout_seconds, settings.recycle_after_clips)
-        pool = DecodePool(options, settings.decode_workers, settings.prefetch_clips)
+        pool = DecodePool(settings.decode_options, settings.decode_workers, settings.prefetch_clips)
         writes: deque[tuple[ClipRecord, Future[tuple[int, float]]]] = deque()
         began = waited_since = time.monotonic()
         with Heartbeat(self.work, self.owner), ThreadPoolExecutor(1) as writer:

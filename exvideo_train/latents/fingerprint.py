@@ -22,6 +22,7 @@ COMPONENTS = ("vae", "text_encoder", "tokenizer")
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt")
 # Raise it whenever clips.reader would give other pixels for the same clip: sampling moments, resize, crop.
 FRAME_RULE_VERSION = 1
+DEFAULT_DECODER = "pyav"
 PUBLISHED_TEXT_LENGTH = 226
 
 _REMEDIES = {
@@ -60,6 +61,7 @@ class Fingerprint:
     width: int
     fps: float
     frame_rule_version: int = FRAME_RULE_VERSION
+    decoder: str | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -71,7 +73,11 @@ class Fingerprint:
         return [(name, a, b) for name, a, b in pairs if a is not None and b is not None and a != b]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        content = asdict(self)
+        # Stores made before decoders could be chosen are PyAV's, and remain valid.
+        if self.decoder == DEFAULT_DECODER:
+            del content["decoder"]
+        return content
 
     @classmethod
     def from_json(cls, content: dict[str, Any], where: Path) -> Fingerprint:
@@ -80,6 +86,7 @@ class Fingerprint:
         Raises:
             UserError: fields are missing or unknown.
         """
+        content = {"decoder": DEFAULT_DECODER, **content}
         known = {f.name for f in fields(cls)}
         if set(content) != known:
             odd = sorted(set(content) ^ known)
@@ -107,6 +114,7 @@ def model_fingerprint(
     model_path: Path,
     geometry: Geometry,
     *,
+    decoder: str | None = None,
     vae_dtype: str | None = None,
     text_dtype: str | None = None,
     tiling: bool | None = None,
@@ -118,6 +126,7 @@ def model_fingerprint(
     Args:
         model_path: local folder in the published layout; a component that is absent is left unknown.
         geometry: frames, size and rate of the samples.
+        decoder: ``pyav`` or ``decord``, as of :func:`~exvideo_train.clips.reader.read_frames`; None leaves it open.
         vae_dtype, text_dtype: number formats of the encoders; None leaves them open.
         tiling: whether the VAE encodes in tiles; None leaves it open.
         text_length: tokens a caption; None takes the transformer config's ``max_text_seq_length``.
@@ -139,6 +148,7 @@ def model_fingerprint(
         height=geometry.height,
         width=geometry.width,
         fps=float(geometry.fps),
+        decoder=decoder,
     )
 
 

@@ -6,7 +6,6 @@ Axis letters: C channel, T latent frames, H height, W width, L text tokens.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections import Counter
@@ -19,50 +18,9 @@ from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_bytes
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import CorruptLatent
-from exvideo_train.latents.fingerprint import Fingerprint
 from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import IndexEntry, LatentStore
-
-_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-_HEADER_BYTES = 1024
-
-
-@dataclass(frozen=True)
-class EncodeSettings:
-    """How clips are encoded; everything an encoding process needs to know.
-
-    Attributes:
-        dtype: ``bf16``, ``fp16`` or ``fp32`` for both encoders.
-        decode_workers: decoding processes an encoder.
-        prefetch_clips: decoded clips that may wait for an encoder.
-        encode_timeout_seconds: an encoder that is silent for so long is killed; 0 for the device's default.
-    """
-
-    model_path: Path
-    store_path: Path
-    fingerprint: Fingerprint
-    scaling_factor: float
-    dtype: str
-    tiling: bool
-    text_length: int
-    decode_workers: int
-    prefetch_clips: int
-    clip_timeout_seconds: float
-    recycle_after_clips: int
-    encode_timeout_seconds: float = 0.0
-
-    @property
-    def geometry(self) -> Geometry:
-        return self.fingerprint.geometry
-
-    def bytes_per_clip(self) -> int:
-        """Size of one latent file."""
-        vae = json.loads((self.model_path / "vae" / "config.json").read_text())
-        text = json.loads((self.model_path / "text_encoder" / "config.json").read_text())
-        geometry = self.geometry
-        moments = geometry.num_latent_frames * geometry.latent_height * geometry.latent_width
-        values = 2 * int(vae["latent_channels"]) * moments + self.text_length * int(text["d_model"])
-        return values * _BYTES[self.dtype] + _HEADER_BYTES
 
 
 @dataclass

@@ -17,10 +17,10 @@ from typing import Any
 from exvideo_train.clips.record import ClipRecord, parse_record
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.decode import DecodeOptions, DecodeWorker, Failure
+from exvideo_train.latents.decode import DecodeWorker, Failure
 from exvideo_train.latents.encode_worker import ClipEncoder, Totals, is_settled, not_finite, quarantine_clip
-from exvideo_train.latents.plan import EncodeSettings
 from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore
 
 # Ray starts an actor again when it dies and gives it the same clip; after so many tries the clip is left out.
@@ -33,8 +33,7 @@ class DecodeActor:
     """Decodes a row's clip in a process of its own that may die or hang."""
 
     def __init__(self, settings: EncodeSettings) -> None:
-        options = DecodeOptions(settings.geometry, settings.clip_timeout_seconds, settings.recycle_after_clips)
-        self._worker = DecodeWorker(options)
+        self._worker = DecodeWorker(settings.decode_options)
 
     def __call__(self, row: Row) -> Row:
         """Adds ``frames`` (empty if there is a ``reason``), ``reason``, ``detail`` and ``decode_seconds``."""

@@ -54,7 +54,8 @@ def broken(tmp_path_factory):
     return folder / "clips.jsonl", well, reasons
 
 
-def test_twelve_kinds_of_broken_input(broken, tiny_model_5b, run_command, tmp_path):
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_twelve_kinds_of_broken_input(decoder, broken, tiny_model_5b, run_command, tmp_path):
     manifest, well, reasons = broken
     assert len(set(reasons.values())) == len(reasons) == 12
     store = tmp_path / "store"
@@ -67,6 +68,7 @@ def test_twelve_kinds_of_broken_input(broken, tiny_model_5b, run_command, tmp_pa
         f"latents={store}",
         "device=cpu",
         "decode_workers=2",
+        f"decoder={decoder}",
         f"clip_timeout_seconds={CLIP_TIMEOUT_SECONDS}",
     ]
     result = run_command(["tests/support/without_privilege.py", *command], timeout_seconds=TIMEOUT_SECONDS)

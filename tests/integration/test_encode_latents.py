@@ -25,9 +25,10 @@ from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents import encode
 from exvideo_train.latents.__main__ import inspect_latents
-from exvideo_train.latents.encode import Launch, encode_latents
+from exvideo_train.latents.encode import encode_latents
 from exvideo_train.latents.encode_worker import Totals
 from exvideo_train.latents.encoders import TextEncoder, VideoEncoder
+from exvideo_train.latents.launch import Launch
 from exvideo_train.latents.report import totals_to_json
 from exvideo_train.latents.store import LatentStore
 

@@ -17,10 +17,10 @@ ENDLESS_BYTES = 1 << 42
 CLUSTER = b"\x1fC\xb6u"
 
 
-def write_good(path: Path) -> Path:
+def write_good(path: Path, codec: str = "libx264") -> Path:
     """100 frames of noise at 25 a second: every packet is large, and matters."""
     rng = np.random.default_rng(0)
-    return make_video(path, frames=[rng.integers(0, 255, (96, 128, 3), np.uint8) for _ in range(100)])
+    return make_video(path, frames=[rng.integers(0, 255, (96, 128, 3), np.uint8) for _ in range(100)], codec=codec)
 
 
 def write_broken(kind: str, good: Path, path: Path) -> None:

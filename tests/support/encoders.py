@@ -8,8 +8,8 @@ from multiprocessing.connection import Connection
 
 from exvideo_train.latents.decode import exit_with_parent
 from exvideo_train.latents.encode_worker import Totals
-from exvideo_train.latents.plan import EncodeSettings
 from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.work import Heartbeat, WorkList
 
 BROKEN_DEVICE = "cuda:1"

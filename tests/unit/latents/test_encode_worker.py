@@ -11,7 +11,7 @@ from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.encode_worker import ClipEncoder, EncodeLoop
 from exvideo_train.latents.fingerprint import model_fingerprint, read_scaling_factor
-from exvideo_train.latents.plan import EncodeSettings
+from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.latents.work import WorkList
 
@@ -19,7 +19,9 @@ GEOMETRY = Geometry(9, 32, 48, 25)
 
 
 def test_captions_shared_by_clips_are_encoded_once(tiny_model_5b, clip_path, tmp_path):
-    fingerprint = model_fingerprint(tiny_model_5b, GEOMETRY, vae_dtype="fp32", text_dtype="fp32", tiling=False)
+    fingerprint = model_fingerprint(
+        tiny_model_5b, GEOMETRY, decoder="pyav", vae_dtype="fp32", text_dtype="fp32", tiling=False
+    )
     store = LatentStore.create(tmp_path / "store", read_scaling_factor(tiny_model_5b))
     store.add_geometry(fingerprint)
     settings = EncodeSettings(

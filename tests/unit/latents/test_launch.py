@@ -10,7 +10,7 @@ import torch
 from exvideo_train.clips.record import ClipRecord
 from exvideo_train.errors import UserError
 from exvideo_train.latents import encode
-from exvideo_train.latents.encode import Launch, find_launch
+from exvideo_train.latents.launch import Launch, find_launch
 from exvideo_train.latents.supervise import EncodersDied
 from exvideo_train.latents.work import WorkList
 

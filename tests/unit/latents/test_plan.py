@@ -8,7 +8,8 @@ import torch
 
 from exvideo_train.clips.record import ClipRecord, make_clip_id, write_manifest
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.plan import EncodeSettings, make_plan, take_from_index, write_index
+from exvideo_train.latents.plan import make_plan, take_from_index, write_index
+from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore
 
 from .conftest import fingerprint_of

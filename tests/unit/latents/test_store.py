@@ -10,7 +10,7 @@ import torch
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import CorruptLatent
-from exvideo_train.latents.fingerprint import component_digest, model_fingerprint, read_scaling_factor
+from exvideo_train.latents.fingerprint import Fingerprint, component_digest, model_fingerprint, read_scaling_factor
 from exvideo_train.latents.store import LatentStore
 from tests.unit.latents.conftest import GEOMETRY, fill, fingerprint_of
 
@@ -118,6 +118,17 @@ def test_other_geometry_is_refused_by_field(store):
         store.require(fingerprint_of(Geometry(49, 32, 48, 16)))
     assert "num_frames: the store has 9, this run has 49" in str(caught.value)
     assert "fps: the store has 8.0, this run has 16.0" in str(caught.value)
+
+
+def test_stores_of_before_decoders_could_be_chosen_are_pyavs(store):
+    before = json.loads((store.path / "store.json").read_text())["geometries"][GEOMETRY.name]
+    del before["decoder"]
+    pyav, decord = (fingerprint_of(decoder=name) for name in ("pyav", "decord"))
+    assert Fingerprint.from_json(before, store.path) == pyav
+    assert pyav.to_json() == before
+    assert pyav.differences(decord) == [("decoder", "pyav", "decord")]
+    assert pyav.differences(fingerprint_of()) == []
+    assert pyav.digest() != decord.digest()
 
 
 def test_unknown_fields_are_not_compared(store):

@@ -1,0 +1,135 @@
+"""How one run of encode_latents encodes: its options, checked, with everything that shapes the latents."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exvideo_train.backbones.hub import resolve_model_path
+from exvideo_train.config.latents import EncodeLatents
+from exvideo_train.errors import UserError
+from exvideo_train.geometry import Geometry
+from exvideo_train.latents.decode import DecodeOptions
+from exvideo_train.latents.fingerprint import (
+    Fingerprint,
+    model_fingerprint,
+    read_scaling_factor,
+    read_text_length,
+)
+
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_HEADER_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """How clips are encoded; everything an encoding process needs to know.
+
+    Attributes:
+        dtype: ``bf16``, ``fp16`` or ``fp32`` for both encoders.
+        decode_workers: decoding processes an encoder.
+        prefetch_clips: decoded clips that may wait for an encoder.
+        encode_timeout_seconds: an encoder that is silent for so long is killed; 0 for the device's default.
+    """
+
+    model_path: Path
+    store_path: Path
+    fingerprint: Fingerprint
+    scaling_factor: float
+    dtype: str
+    tiling: bool
+    text_length: int
+    decode_workers: int
+    prefetch_clips: int
+    clip_timeout_seconds: float
+    recycle_after_clips: int
+    encode_timeout_seconds: float = 0.0
+
+    @property
+    def decode_options(self) -> DecodeOptions:
+        """How its decoding processes decode."""
+        decoder = self.fingerprint.decoder
+        assert decoder is not None
+        return DecodeOptions(self.geometry, self.clip_timeout_seconds, self.recycle_after_clips, decoder)
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.fingerprint.geometry
+
+    def bytes_per_clip(self) -> int:
+        """Size of one latent file."""
+        vae = json.loads((self.model_path / "vae" / "config.json").read_text())
+        text = json.loads((self.model_path / "text_encoder" / "config.json").read_text())
+        geometry = self.geometry
+        moments = geometry.num_latent_frames * geometry.latent_height * geometry.latent_width
+        values = 2 * int(vae["latent_channels"]) * moments + self.text_length * int(text["d_model"])
+        return values * _BYTES[self.dtype] + _HEADER_BYTES
+
+
+def resolve_settings(config: EncodeLatents, num_local_encoders: int) -> EncodeSettings:
+    """Check the options and find out everything that shapes the latents.
+
+    Raises:
+        UserError: an option has no sense, or the model is not there.
+    """
+    for name in ("prefetch_clips", "recycle_after_clips", "clip_timeout_seconds"):
+        if getattr(config, name) <= 0:
+            raise UserError(f"{name}={getattr(config, name)}: must be positive")
+    for name in ("decode_workers", "max_clips", "encode_timeout_seconds"):
+        if getattr(config, name) < 0:
+            raise UserError(f"{name}={getattr(config, name)}: must be 0 or more")
+    if not Path(config.manifest).is_file():
+        raise UserError(f"manifest={config.manifest} does not exist; write it with data_prep/build_manifest.py")
+    geometry = config.geometry
+    find_model = _cached_model_path if config.dry_run else resolve_model_path
+    model_path = find_model(config.model.path, config.model.revision, ("vae", "text_encoder", "tokenizer"))
+    text_length = read_text_length(model_path)
+    dtype = config.encoder_dtype.value
+    fingerprint = model_fingerprint(
+        model_path,
+        geometry,
+        decoder=config.decoder.value,
+        vae_dtype=dtype,
+        text_dtype=dtype,
+        tiling=config.tiling,
+        text_length=text_length,
+        write_cache=not config.dry_run,
+    )
+    return EncodeSettings(
+        model_path=model_path.absolute(),
+        store_path=Path(config.latents).absolute(),
+        fingerprint=fingerprint,
+        scaling_factor=read_scaling_factor(model_path),
+        dtype=dtype,
+        tiling=config.tiling,
+        text_length=text_length,
+        decode_workers=config.decode_workers or max(1, (_num_cores() - 1) // max(1, num_local_encoders)),
+        prefetch_clips=config.prefetch_clips,
+        clip_timeout_seconds=config.clip_timeout_seconds,
+        recycle_after_clips=config.recycle_after_clips,
+        encode_timeout_seconds=config.encode_timeout_seconds,
+    )
+
+
+def _cached_model_path(path: str, revision: str | None, parts: Sequence[str]) -> Path:
+    """As :func:`resolve_model_path`, without a download."""
+    if Path(path).expanduser().exists():
+        return resolve_model_path(path, revision, parts)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(path, revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise UserError(
+            f"model.path={path}: no such folder, and not in the hub's cache; dry_run=true downloads nothing: run "
+            f"`hf download {path}`, or set model.path to a folder in the published layout"
+        ) from None
+    return resolve_model_path(folder, None, parts)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
