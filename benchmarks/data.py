@@ -5,7 +5,7 @@
     python benchmarks/data.py --only reader       or encoder, or manifest
 
 Reader: ours and the scripts of bare_readers.py take turns on the same clips, each in a process of its own; each gives
-uint8 frames (129, 480, 720, 3), centre-cropped. PyAV is always measured, decord and torchcodec where installed.
+uint8 frames (129, 480, 720, 3), centre-cropped. Ours is measured with either decoder, torchcodec where installed.
 Encoder: the share of its time that it waits for frames, while encode_latents.py encodes spans of a ten-minute video
 with a VAE of the published size; full-size frames on a GPU. A CPU decodes as many seconds, its VAE gets small frames.
 Manifest: Panda-70M metadata of --rows source videos, 19 of 20 of them downloaded, without probing.
@@ -53,8 +53,13 @@ EXAMPLE = REPOSITORY / "examples" / "clips" / "bigbuckbunny.mp4"
 Script = Callable[[str, float, Geometry], np.ndarray]
 
 
-def ours(video: str, start: float, geometry: Geometry) -> np.ndarray:
-    return read_frames(ClipRecord("benchmark", "benchmark", video, start, None, ""), geometry).numpy()
+def ours(video: str, start: float, geometry: Geometry, decoder: str = "pyav") -> np.ndarray:
+    record = ClipRecord("benchmark", "benchmark", video, start, None, "")
+    return read_frames(record, geometry, decoder=decoder).numpy()
+
+
+def ours_decord(video: str, start: float, geometry: Geometry) -> np.ndarray:
+    return ours(video, start, geometry, "decord")
 
 
 def make_clips(folder: Path) -> list[tuple[str, Path, float, Geometry]]:
@@ -113,7 +118,9 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-SCRIPTS: dict[str, Script] = {"ours": ours, "PyAV": with_pyav, "decord": with_decord, "torchcodec": with_torchcodec}
+OURS: dict[str, Script] = {"ours": ours, "ours, decord": ours_decord}
+BARE: dict[str, Script] = {"PyAV": with_pyav, "decord": with_decord, "torchcodec": with_torchcodec}
+SCRIPTS = OURS | BARE
 
 
 def take_turn(script: str, video: str, start: float, geometry: Geometry, frames_file: str) -> tuple[float, float, str]:
@@ -131,8 +138,7 @@ def take_turn(script: str, video: str, start: float, geometry: Geometry, frames_
 
 def measure_readers(folder: Path, rounds: int) -> list[dict[str, Any]]:
     """Scripts take turns, each in a process of its own: their FFmpeg libraries crash in one another's company."""
-    packages = {"decord": "decord2", "torchcodec": "torchcodec"}
-    scripts = [script for script in SCRIPTS if script not in packages or has(packages[script])]
+    scripts = [script for script in SCRIPTS if script != "torchcodec" or has("torchcodec")]
     context = multiprocessing.get_context("spawn")
     pools = {script: ProcessPoolExecutor(1, context) for script in scripts}
     rows = []
@@ -176,9 +182,11 @@ def summary(
             "cpu_seconds": round(min(cpus[script]), 3),
             "worst_frame_difference": round(worst_frame(np.load(folder / f"{script}.npy"), reference), 2),
         }
-    others = [row[script] for script in scripts if script != "ours" and script not in failures]
     for kind in ("least_seconds", "cpu_seconds"):
-        row[f"ours_over_fastest_{kind}"] = round(row["ours"][kind] / min(other[kind] for other in others), 3)
+        fastest = min(row[script][kind] for script in BARE if script in scripts and script not in failures)
+        for script in OURS:
+            if script not in failures:
+                row[script][f"{kind}_over_fastest"] = round(row[script][kind] / fastest, 3)
     return row
 
 
@@ -339,12 +347,12 @@ def machine() -> dict[str, str]:
 def table(results: dict[str, Any]) -> str:
     lines = ["; ".join(f"{name} {value}" for name, value in results["machine"].items()), ""]
     if "reader" in results:
-        scripts = [name for name in ("ours", "PyAV", "decord", "torchcodec") if name in results["reader"][0]]
-        heads = ["clip", *scripts, "ours / fastest, wall", "ours / fastest, CPU"]
+        scripts = [name for name in SCRIPTS if name in results["reader"][0]]
+        heads = ["clip", *scripts, *(f"{name} / fastest bare script, wall and CPU" for name in OURS)]
         lines += ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
         for row in results["reader"]:
             cells = [cell(row[script]) for script in scripts]
-            ratios = [f"{row['ours_over_fastest_least_seconds']:.2f}", f"{row['ours_over_fastest_cpu_seconds']:.2f}"]
+            ratios = [ratio(row[script]) for script in OURS]
             lines.append("| " + " | ".join([row["clip"], *cells, *ratios]) + " |")
         lines.append("")
     for part in ("encoder", "manifest"):
@@ -362,6 +370,12 @@ def cell(values: dict[str, Any]) -> str:
     if "failure" in values:
         return "fails"
     return f"{values['least_seconds']:.2f} s; CPU {values['cpu_seconds']:.2f} s; {values['worst_frame_difference']:.1f}"
+
+
+def ratio(values: dict[str, Any]) -> str:
+    if "failure" in values:
+        return "fails"
+    return f"{values['least_seconds_over_fastest']:.2f}, {values['cpu_seconds_over_fastest']:.2f}"
 
 
 def main() -> None:
