@@ -48,7 +48,7 @@ class EncodeLatents(Experiment):
     """Decoding one clip may take so long before its process is killed and the clip quarantined."""
     encode_timeout_seconds: float = 0.0
     """Encoding one clip may take so long before its encoder is killed as hanging, and after the second time the clip
-    quarantined; engine=local. 0 takes 1800 on a GPU and 18000 on the CPU."""
+    quarantined. 0 takes 1800 on a GPU and 18000 on the CPU."""
     recycle_after_clips: int = 200
     """A decoding process is replaced after so many clips, so that a decoder's leaks cannot grow."""
     max_clips: int = 0

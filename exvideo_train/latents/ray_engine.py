@@ -6,11 +6,14 @@ replacement of lost machines. The store's folder must be the same path on every 
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from exvideo_train.latents.decode import DecodeWorker, Failure
 from exvideo_train.latents.encode_worker import ClipEncoder, Totals, is_settled, not_finite, quarantine_clip
 from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.settings import EncodeSettings
+from exvideo_train.latents.shared_captions import SharedCaptions
 from exvideo_train.latents.store import LatentStore
 
 # Ray starts an actor again when it dies and gives it the same clip; after so many tries the clip is left out.
@@ -42,6 +46,7 @@ class DecodeActor:
         frames = b"" if decoded.frames_FHWC is None else decoded.frames_FHWC.numpy().tobytes()
         return {
             "record": row["record"],
+            "shared": row["shared"],
             "frames": frames,
             "reason": failure.reason,
             "detail": failure.detail,
@@ -58,8 +63,14 @@ class EncodeActor:
         self._settings = settings
         self._store = LatentStore.open(settings.store_path)
         self._quarantine = Quarantine(settings.store_path, settings.geometry)
-        self._encoder = ClipEncoder(settings, "cuda" if torch.cuda.is_available() else "cpu")
+        self._captions = SharedCaptions(_captions_folder(settings))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._timeout_seconds = settings.seconds_to_encode(device)
+        self._encoder = self._load_encoder(device)
         self._waiting_since = time.monotonic()
+
+    def _load_encoder(self, device: str) -> ClipEncoder:
+        return ClipEncoder(self._settings, device)
 
     def __call__(self, row: Row) -> Row:
         """One clip's outcome: ``clip_id``, ``reason`` (empty when written), ``error``, bytes and seconds."""
@@ -91,11 +102,14 @@ class EncodeActor:
     def _encode(self, record: ClipRecord, row: Row, outcome: Row) -> Failure | None:
         attempt = next((path for path in self._attempt_paths(record) if not path.exists()), None)
         if attempt is None:
-            return Failure("encoder_died", f"its encoder died {ATTEMPTS_A_CLIP} times")
+            detail = f"its encoder died {ATTEMPTS_A_CLIP} times, or was killed after {self._timeout_seconds:g} s"
+            return Failure("encoder_died", detail)
         attempt.parent.mkdir(parents=True, exist_ok=True)
         attempt.touch()
-        text_LC = self._encoder.text(record.caption)
-        moments_CTHW = self._encoder.moments(_frames(row["frames"], self._settings.geometry))
+        with self._watched():
+            encode = self._encoder.text
+            text_LC = self._captions.text(record.caption, encode) if row["shared"] else encode(record.caption)
+            moments_CTHW = self._encoder.moments(_frames(row["frames"], self._settings.geometry))
         failure = not_finite(moments_CTHW)
         if failure is None:
             entry = self._store.write_clip(
@@ -110,6 +124,15 @@ class EncodeActor:
             outcome["num_bytes"] = entry.num_bytes
         return failure
 
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """End this process when encoding hangs, even where Python cannot run; Ray then starts another."""
+        faulthandler.dump_traceback_later(self._timeout_seconds, exit=True)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
     def _attempt_paths(self, record: ClipRecord) -> list[Path]:
         folder = _attempts_folder(self._settings) / record.clip_id[:3]
         return [folder / f"{record.clip_id}.{number}" for number in range(ATTEMPTS_A_CLIP)]
@@ -117,6 +140,10 @@ class EncodeActor:
 
 def _attempts_folder(settings: EncodeSettings) -> Path:
     return settings.store_path / "reports" / "attempts"
+
+
+def _captions_folder(settings: EncodeSettings) -> Path:
+    return settings.store_path / "reports" / "captions"
 
 
 def _record(row: Row) -> ClipRecord:
@@ -166,7 +193,7 @@ class RayEngine:
         """
         import ray
 
-        self._forget_attempts()
+        self._forget()
         if not self.records:
             LatentStore.open(self.settings.store_path).write_empty_prompt(ClipEncoder(self.settings, "cpu").text(""))
             return
@@ -178,20 +205,32 @@ class RayEngine:
                     raise UserError(outcome["error"])
                 self._count(outcome, time.monotonic() - began)
                 self.on_progress(outcome["clip_id"])
+            self._forget()
         finally:
             ray.shutdown()
 
-    def _forget_attempts(self) -> None:
-        """Attempts that an earlier run left open: what ended it need not have been the clips in work.
+    def _forget(self) -> None:
+        """Notes of an earlier run: what ended it need not have been the clips in work, and captions are cheap.
 
         The caller holds the store's lock, so they are of no run that is still alive.
         """
-        try:
-            shutil.rmtree(_attempts_folder(self.settings))
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise UserError(f"{error.filename} cannot be deleted ({error.strerror}); make it writable") from error
+        for folder in (_attempts_folder(self.settings), _captions_folder(self.settings)):
+            try:
+                shutil.rmtree(folder)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise UserError(f"{error.filename} cannot be deleted ({error.strerror}); make it writable") from error
+
+    def _rows(self) -> list[Row]:
+        """The clips; those of a shared caption are spread, so that it is mostly encoded before it is needed again."""
+        num_clips = Counter(record.caption for record in self.records)
+        met: Counter[str] = Counter()
+        rows: list[tuple[int, Row]] = []
+        for record in self.records:
+            rows.append((met[record.caption], {"record": record.to_json(), "shared": num_clips[record.caption] > 1}))
+            met[record.caption] += 1
+        return [row for _, row in sorted(rows, key=lambda entry: entry[0])]
 
     def _pipeline(self) -> Any:
         import ray
@@ -207,7 +246,7 @@ class RayEngine:
         free_cpus = num_cpus - (0 if num_gpus else num_encoders)
         num_decoders = max(1, min(free_cpus, self.settings.decode_workers * num_encoders))
         options: dict[str, Any] = {"fn_constructor_args": (self.settings,)}
-        rows = [{"record": record.to_json()} for record in self.records]
+        rows = self._rows()
         clips = ray.data.from_items(rows, override_num_blocks=min(len(rows), 8 * num_decoders + 1000))
         decoder_cpus = min(1.0, max(free_cpus, 0.1))
         decoders, encoders = (ray.data.ActorPoolStrategy(size=size) for size in (num_decoders, num_encoders))

@@ -24,6 +24,11 @@ _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _HEADER_BYTES = 1024
 
 
+# Many times what the largest geometry takes on a slow GPU; a few CPU cores need half an hour a clip and more.
+ENCODE_TIMEOUT_GPU_SECONDS = 1800.0
+ENCODE_TIMEOUT_CPU_SECONDS = 18_000.0
+
+
 @dataclass(frozen=True)
 class EncodeSettings:
     """How clips are encoded; everything an encoding process needs to know.
@@ -58,6 +63,11 @@ class EncodeSettings:
     @property
     def geometry(self) -> Geometry:
         return self.fingerprint.geometry
+
+    def seconds_to_encode(self, device: str) -> float:
+        """How long encoding one clip may take on a device before its encoder counts as hanging."""
+        default = ENCODE_TIMEOUT_CPU_SECONDS if device == "cpu" else ENCODE_TIMEOUT_GPU_SECONDS
+        return self.encode_timeout_seconds or default
 
     def bytes_per_clip(self) -> int:
         """Size of one latent file."""

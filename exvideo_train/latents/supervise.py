@@ -31,9 +31,6 @@ DEATHS_IN_A_ROW = 4 * DEATHS_A_CLIP
 # The same for those that had no clip in work, which no clip can explain.
 DEATHS_WITHOUT_CLIP = 4
 WATCH_SECONDS = 1.0
-# Many times what the largest geometry takes on a slow GPU; a few CPU cores need half an hour a clip and more.
-ENCODE_TIMEOUT_GPU_SECONDS = 1800.0
-ENCODE_TIMEOUT_CPU_SECONDS = 18_000.0
 
 
 class EncodersDied(UserError):
@@ -142,12 +139,9 @@ class Supervisor:
                 encoder.process.kill()
 
     def _patience_seconds(self, encoder: _Encoder) -> float:
-        on_cpu = encoder.device == "cpu"
-        seconds = self.settings.encode_timeout_seconds or (
-            ENCODE_TIMEOUT_CPU_SECONDS if on_cpu else ENCODE_TIMEOUT_GPU_SECONDS
-        )
         # Between two clips it may wait for a decoder that is at its own limit.
         waiting = encoder.current_clip is None
+        seconds = self.settings.seconds_to_encode(encoder.device)
         return seconds + ATTEMPTS_AFTER_DEATH * self.settings.clip_timeout_seconds * waiting
 
     def _handle(self, encoder: _Encoder, message: tuple[Any, ...]) -> None:

@@ -6,9 +6,12 @@ import os
 import time
 from multiprocessing.connection import Connection
 
+import torch
+
 from exvideo_train.latents.decode import exit_with_parent
 from exvideo_train.latents.encode_worker import Totals
 from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.ray_engine import EncodeActor
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.work import Heartbeat, WorkList
 
@@ -44,3 +47,41 @@ def obedient_encoder(connection: Connection, settings: EncodeSettings, device: s
                 connection.send(("settled", record.clip_id, totals))
             work.finish(block)
     connection.send(("finished", totals))
+
+
+class ObedientClipEncoder:
+    """Stands in for ``ClipEncoder``; what it encodes is noted in the store's reports."""
+
+    def __init__(self, settings: EncodeSettings) -> None:
+        self._settings = settings
+        self.caption = ""
+
+    def text(self, caption: str) -> torch.Tensor:
+        with open(self._settings.store_path / "reports" / "encoded_captions", "a") as notes:
+            notes.write(f"{caption}\n")
+        time.sleep(0.3)
+        return torch.full((5, 6), float(len(caption)))
+
+    def num_tokens_cut(self, caption: str) -> int:
+        return 0
+
+    def moments(self, frames_FHWC: torch.Tensor) -> torch.Tensor:
+        died = self._settings.store_path / "reports" / f"died_{self.caption}"
+        if self.caption == "dies" or (self.caption == "dies once" and not died.exists()):
+            died.touch()
+            os._exit(3)
+        while self.caption == "hangs":
+            time.sleep(1)
+        geometry = self._settings.geometry
+        return torch.zeros(4, geometry.num_latent_frames, geometry.latent_height, geometry.latent_width)
+
+
+class ObedientActor(EncodeActor):
+    """Ray's encoder with another one inside. Captions: ``dies``, ``dies once``, ``hangs``; others succeed."""
+
+    def _load_encoder(self, device: str) -> ObedientClipEncoder:
+        return ObedientClipEncoder(self._settings)
+
+    def _encode(self, record, row, outcome):
+        self._encoder.caption = record.caption
+        return super()._encode(record, row, outcome)

@@ -1,0 +1,59 @@
+"""Embeddings of captions that several clips have: encoded by one encoder of a cluster, read by the others.
+
+Axis letters: C channel, L text tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exvideo_train.files import atomic_write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Many times what T5 takes for a caption on a GPU; whoever was to encode it has died then.
+CLAIM_SECONDS = 120.0
+_POLL_SECONDS = 0.05
+
+
+class SharedCaptions:
+    """A folder that all encoders of a run see.
+
+    Args:
+        folder: made when first written to; whoever starts and ends a run deletes it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def text(self, caption: str, encode: Callable[[str], Tensor]) -> Tensor:
+        """A caption's embedding (L, C): another encoder's, when it has one or is about to, or else by `encode`.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+        from safetensors.torch import load, save
+
+        path = self.folder / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
+        deadline = time.monotonic() + CLAIM_SECONDS
+        while not path.exists() and not self._claim(path) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        if path.exists():
+            return load(path.read_bytes())["text_LC"]
+        text_LC = encode(caption)
+        atomic_write_bytes(path, save({"text_LC": text_LC.contiguous()}))
+        return text_LC
+
+    def _claim(self, path: Path) -> bool:
+        """Whether it falls to this encoder to encode the caption."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            path.with_suffix(".claim").open("x").close()
+        except FileExistsError:
+            return False
+        return True

@@ -1,0 +1,82 @@
+"""A local Ray cluster whose encoders die, hang and share captions."""
+
+from collections import Counter
+
+import pytest
+from support import encoders
+from support.videos import clip_of
+
+from exvideo_train.geometry import Geometry
+from exvideo_train.latents import ray_engine
+from exvideo_train.latents.fingerprint import Fingerprint
+from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.ray_engine import RayEngine
+from exvideo_train.latents.settings import EncodeSettings
+from exvideo_train.latents.store import LatentStore
+
+GEOMETRY = Geometry(9, 64, 96, 25)
+CAPTIONS = ["shared", "dies", "shared", "alone", "hangs", "shared", "dies once", "shared"]
+
+
+@pytest.fixture
+def settings(tmp_path):
+    fingerprint = Fingerprint(
+        vae_sha256="v" * 64,
+        text_encoder_sha256="t" * 64,
+        tokenizer_sha256="k" * 64,
+        vae_dtype="fp32",
+        text_dtype="fp32",
+        tiling=False,
+        text_length=5,
+        num_frames=9,
+        height=64,
+        width=96,
+        fps=25.0,
+        decoder="pyav",
+    )
+    store = LatentStore.create(tmp_path / "store", scaling_factor=0.7)
+    store.add_geometry(fingerprint)
+    (store.path / "reports").mkdir()
+    return EncodeSettings(
+        model_path=tmp_path / "no_model",
+        store_path=store.path,
+        fingerprint=fingerprint,
+        scaling_factor=0.7,
+        dtype="fp32",
+        tiling=False,
+        text_length=5,
+        decode_workers=1,
+        prefetch_clips=2,
+        clip_timeout_seconds=120.0,
+        recycle_after_clips=100,
+        encode_timeout_seconds=5.0,
+    )
+
+
+def test_encoders_that_die_or_hang_cost_their_clip_alone(settings, clip_path, monkeypatch):
+    from ray import cloudpickle
+
+    # The cluster's processes do not find the tests' modules by name.
+    cloudpickle.register_pickle_by_value(encoders)
+    monkeypatch.setattr(ray_engine, "EncodeActor", encoders.ObedientActor)
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    records = [clip_of(clip_path, 0.4 * number, None, caption) for number, caption in enumerate(CAPTIONS)]
+    settled = []
+    engine = RayEngine(settings, records, settled.append)
+    engine.run()
+
+    captions = {record.clip_id: record.caption for record in records}
+    assert Counter(captions[clip_id] for clip_id in settled) == Counter(CAPTIONS)
+    store = LatentStore.open(settings.store_path)
+    stored = Counter(captions[clip_id] for clip_id in store.clip_ids_on_disk(GEOMETRY))
+    assert stored == Counter({"shared": 4, "alone": 1, "dies once": 1})
+    left_out = {captions[entry.clip_id]: entry for entry in Quarantine(store.path, GEOMETRY)}
+    assert {caption: entry.reason for caption, entry in left_out.items()} == dict.fromkeys(
+        ("dies", "hangs"), "encoder_died"
+    )
+    assert "killed after 5 s" in left_out["hangs"].detail
+    encoded = Counter((store.path / "reports" / "encoded_captions").read_text().splitlines())
+    assert encoded["shared"] == encoded["alone"] == 1
+    assert encoded["dies once"] == encoded["dies"] == encoded["hangs"] == 2
+    assert sum(totals.num_encoded for totals in engine.totals) == 6
+    assert not (store.path / "reports" / "captions").exists()
