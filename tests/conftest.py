@@ -35,8 +35,8 @@ os.environ.update(ENVIRONMENT)
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Integration tests start several processes each: one xdist worker takes those of training, which share their runs,
-    # one takes the others, each one after another. (xdist 3.8 no longer groups under pytest 9.2: then both workers make
-    # the shared runs, which costs time and nothing else.)
+    # one takes the others, each one after another. (Under pytest 9.2 xdist 3.8 does not group: then both workers make
+    # the shared runs, which costs time and nothing else; constraints.txt keeps 9.1.)
     for item in items:
         if "integration" in item.path.relative_to(REPOSITORY).parts:
             group = "training" if "trained" in getattr(item, "fixturenames", ()) else "data"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from support.trained import NAN_CLIP, SHORT_CLIPS, Trained
+from support.trained import FORMS, NAN_CLIP, SHORT_CLIPS, Trained
 
 from exvideo_train.adapters.formats import read_adapter
 from exvideo_train.training.checkpoint import list_checkpoints, load_checkpoint
@@ -162,6 +162,13 @@ def test_jsonl_wandb_and_tensorboard_get_the_same_figures(trained: Trained) -> N
     offline = list((trained.run_dir("logged") / "wandb").glob("offline-run-*/*.wandb"))
     assert len(offline) == 1
     assert offline[0].stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "plain"])
+def test_other_forms_of_the_same_computation_give_the_same_losses(trained: Trained, name: str) -> None:
+    assert trained.one[name]["status"] == 0
+    torch.testing.assert_close(trained.losses(name), trained.losses("plain"), rtol=1e-5, atol=0)
+    torch.testing.assert_close(trained.grad_norms(name), trained.grad_norms("plain"), rtol=1e-4, atol=0)
 
 
 def test_metrics_are_strict_json(trained: Trained) -> None:

@@ -39,6 +39,13 @@ HELD_OUT = [
     "checkpoint.every_steps=1",
     "checkpoint.keep_last=9",
 ]
+# Ways to compute the same: memory options by the run's name.
+FORMS = {
+    "plain": [],
+    "compiled": ["memory.compile=true"],
+    "compiled_keep_attention": ["memory.compile=true", "memory.recompute=keep_attention"],
+    "math_attention": ["memory.attention=math"],
+}
 
 
 class Trained:
@@ -215,6 +222,7 @@ class Trained:
                     "validation.every_steps=2",
                     folder="held_out_stopped",
                 ),
+                *(spec(name, "max_steps=2", *options) for name, options in FORMS.items()),
                 spec("never", "max_steps=1", "resume=never"),
                 spec("from_path", *from_path, stop_after=2),
                 spec("from_path again", *from_path, folder="from_path"),
