@@ -118,12 +118,14 @@ class _Pool(Generic[Task, Result]):
     def run(self, tasks: Iterator[Task]) -> Iterator[tuple[Task, Result | Failed]]:
         while True:
             self._hand_out(tasks)
-            while self._emitted in self._finished:
+            if self._emitted in self._finished:
+                # What is taken away makes room for tasks, so hand out again before waiting for anybody.
                 yield self._finished.pop(self._emitted)
                 self._emitted += 1
-            if self._exhausted and not self._pending and self._emitted == self._started:
+            elif self._exhausted and not self._pending and self._emitted == self._started:
                 return
-            self._collect()
+            else:
+                self._collect()
 
     def _hand_out(self, tasks: Iterator[Task]) -> None:
         while not self._exhausted and self._started + len(self._pending) - self._emitted < self._window:
@@ -151,6 +153,7 @@ class _Pool(Generic[Task, Result]):
 
     def _collect(self) -> None:
         busy = {worker.connection: worker for worker in self._workers if worker.number is not None or not worker.ready}
+        assert busy, "waiting for nobody"
         deadlines = [worker.deadline for worker in busy.values() if worker.ready]
         patience = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
         for connection in wait(list(busy), timeout=patience):

@@ -37,6 +37,19 @@ def test_results_come_in_order_of_the_tasks():
     assert list(parallel_map(double, range(40), 2, 60)) == [(value, 2 * value) for value in range(40)]
 
 
+def first_is_slow(value: int) -> int:
+    time.sleep(1.5 if value % 10 == 0 else 0)
+    return value
+
+
+@pytest.mark.timeout(60)
+def test_a_slow_task_that_all_others_wait_for_stops_nothing():
+    """The others run ahead as far as they may and are idle when it ends."""
+    assert [result for _, result in parallel_map(first_is_slow, range(22), 2, 60, ahead_per_worker=2)] == list(
+        range(22)
+    )
+
+
 def test_none_is_a_task_and_a_result_like_any_other():
     assert list(parallel_map(print, [None, None], 1, 60)) == [(None, None)] * 2
 
