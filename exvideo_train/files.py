@@ -61,6 +61,22 @@ def _write_all(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
+def create_marker(path: Path) -> bool:
+    """Create an empty file, folders included; False if it exists already, whoever made it.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("x").close()
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another folder") from error
+    return True
+
+
 def atomic_write_text(path: Path, content: str) -> None:
     """Write UTF-8 text whole or not at all."""
     atomic_write_bytes(path, content.encode())

@@ -19,6 +19,7 @@ from exvideo_train.clips.record import TAR_SEPARATOR
 
 if TYPE_CHECKING:
     import av.container
+    import av.video.frame
     import av.video.stream
 
 
@@ -245,6 +246,12 @@ def quarter_turn(degrees: int) -> int:
     return round(degrees / 90) * 90 % 360
 
 
+def shown_size(frame: av.video.frame.VideoFrame, pixel_aspect: float) -> tuple[int, int]:
+    """Height and width of a frame as shown: rotation and pixel aspect applied."""
+    width, height = round(frame.width * pixel_aspect), frame.height
+    return (width, height) if quarter_turn(frame.rotation) in (90, 270) else (height, width)
+
+
 def probe_video(video: str) -> VideoInfo:
     """Rate, size, length and codec of a video; one frame is decoded, because rotation is told by frames.
 
@@ -264,9 +271,7 @@ def probe_video(video: str) -> VideoInfo:
             raise UnreadableClip(Reason.CORRUPT, f"{video}: first frame: {error}") from None
         if frame is None:
             raise UnreadableClip(Reason.TRUNCATED, f"{video} holds no frame")
-        width, height = round(frame.width * aspect), frame.height
-        if quarter_turn(frame.rotation) in (90, 270):
-            width, height = height, width
+        height, width = shown_size(frame, aspect)
     return VideoInfo(fps, width, height, duration, codec)
 
 

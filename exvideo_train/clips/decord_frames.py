@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exvideo_train.clips.container import Reason, UnreadableClip, open_video, probe_video, stream_duration, stream_fps
+from exvideo_train.clips.container import Reason, UnreadableClip, open_video, shown_size, stream_duration, stream_fps
 from exvideo_train.clips.timing import (
     SEEK_BACK_SECONDS,
     TIME_TOLERANCE_SECONDS,
     check_order,
     check_start,
+    seek_to,
     why_ended,
 )
 
@@ -67,13 +68,15 @@ def iter_frames(
     if moments[-1] >= span.until - TIME_TOLERANCE_SECONDS:
         raise why_ended(video, moments)
     shown = [max(bisect.bisect_right(span.times, moment + TIME_TOLERANCE_SECONDS) - 1, 0) for moment in moments]
-    info = probe_video(video)
-    scale = max(height / info.height, width / info.width)
+    shown_height, shown_width = _size(video, span)
+    scale = max(height / shown_height, width / shown_width)
     # The same number of rows or columns is cut off at either side: half a pixel more or less would shift the picture.
-    top, left = max(0, round((info.height * scale - height) / 2)), max(0, round((info.width * scale - width) / 2))
+    top, left = max(0, round((shown_height * scale - height) / 2)), max(0, round((shown_width * scale - width) / 2))
     reader = _Reader(video, span, height + 2 * top, width + 2 * left, num_threads)
     for index, number in enumerate(shown):
         yield index, reader.frame(number)[top : top + height, left : left + width]
+    # A packet without a picture would shift all frames after it: then there are too few.
+    reader.frame(len(span.times) - 1)
 
 
 @dataclass
@@ -100,8 +103,8 @@ def _copy_span(video: str, start: float, last: float) -> _Span:
         with open_video(video) as (container, stream):
             check_start(video, start, stream_duration(container, stream))
             origin = stream.start_time or 0
-            if goal > 0 and stream.time_base:
-                container.seek(origin + int(goal / stream.time_base), stream=stream, backward=True)
+            if goal > 0 and not seek_to(goal, container, stream):
+                continue
             packets, until = _take_packets(video, container, stream, origin, start, last)
             if goal > 0 and (not packets or packets[0][0] > start + TIME_TOLERANCE_SECONDS):
                 continue
@@ -126,7 +129,8 @@ def _take_packets(
         if packet.pts is None or packet.time_base is None:
             raise UnreadableClip(Reason.BAD_TIMESTAMPS, f"{video} has frames without timestamps")
         moment = float((packet.pts - origin) * packet.time_base)
-        decodes = moment if packet.dts is None else float((packet.dts - origin) * packet.time_base)
+        # Matroska does not know it for the first packets.
+        decodes = decoded_at if packet.dts is None else float((packet.dts - origin) * packet.time_base)
         check_order(video, start, decoded_at, decodes)
         decoded_at = max(decoded_at, decodes)
         if packet.is_keyframe and (not taken or moment <= start + TIME_TOLERANCE_SECONDS):
@@ -137,11 +141,22 @@ def _take_packets(
         taken.append((moment, packet))
         # No later packet can be shown earlier than it is decoded.
         if decodes > last + 2 * TIME_TOLERANCE_SECONDS:
-            return taken, math.inf
-    if not taken:
-        return [], -math.inf
-    end, packet = max(taken, key=lambda entry: entry[0])
-    return taken, end + _duration(packet, stream) + 2 * TIME_TOLERANCE_SECONDS
+            break
+    return taken, _shown_until(video, stream, taken)
+
+
+def _shown_until(video: str, stream: av.video.stream.VideoStream, taken: list[tuple[float, av.packet.Packet]]) -> float:
+    """When the last frame is no longer shown; those that an edit list cuts off are decoded, but never shown."""
+    ordered = sorted(taken, key=lambda entry: entry[0])
+    shown = [number for number, (_, packet) in enumerate(ordered) if not packet.is_discard]
+    if not shown:
+        return -math.inf
+    if shown[-1] - shown[0] >= len(shown):
+        raise UnreadableClip(
+            Reason.BAD_TIMESTAMPS, f"{video} has an edit list that cuts frames out of its middle; decoder=pyav reads it"
+        )
+    end, packet = ordered[shown[-1]]
+    return end + _duration(packet, stream) + 2 * TIME_TOLERANCE_SECONDS
 
 
 def _demux(
@@ -185,9 +200,30 @@ def _write(video: str, stream: av.video.stream.VideoStream, packets: list[av.pac
     target = io.BytesIO()
     try:
         _mux(stream, packets, target)
-    except av.FFmpegError as error:
-        raise UnreadableClip(Reason.CORRUPT, f"{video} has packets that no file can hold: {error}") from None
+    except (av.FFmpegError, ValueError) as error:
+        codec = stream.codec_context.codec.canonical_name
+        if codec in _TAG_AS_BT709:
+            raise UnreadableClip(Reason.CORRUPT, f"{video} has packets that no file can hold: {error}") from None
+        raise UnreadableClip(
+            Reason.UNSUPPORTED_CODEC, f"{video}: decord cannot be given {codec} ({error}); decoder=pyav reads it"
+        ) from None
     return target.getvalue()
+
+
+def _size(video: str, span: _Span) -> tuple[int, int]:
+    """Height and width of the span's first frame as shown: of the span's, as videos are joined from unlike ones."""
+    import av
+
+    with av.open(io.BytesIO(span.content), "r") as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        try:
+            frame = next(container.decode(stream), None)
+        except (av.FFmpegError, OSError) as error:
+            raise UnreadableClip(Reason.CORRUPT, f"{video} at {span.times[0]:.2f} s: {error}") from None
+        if frame is None:
+            raise UnreadableClip(Reason.CORRUPT, f"{video} shows no frame from {span.times[0]:.2f} s on")
+        return shown_size(frame, float(stream.sample_aspect_ratio or 1))
 
 
 def _mux(stream: av.video.stream.VideoStream, packets: list[av.packet.Packet], target: io.BytesIO) -> None:
@@ -217,7 +253,7 @@ class _Reader:
     """decord on a span, read forwards."""
 
     def __init__(self, video: str, span: _Span, height: int, width: int, num_threads: int) -> None:
-        self._decord = _load_decord()
+        self._decord = load_decord()
         self._video, self._span = video, span
         self._next = 0
         self._frame: np.ndarray | None = None
@@ -272,7 +308,7 @@ class _Reader:
         )
 
 
-def _load_decord() -> Any:
+def load_decord() -> Any:
     """decord, after everything whose libraries must not be taken for decord's: it loads its FFmpeg for all to see."""
     for name in ("av", "av.bitstream", "av.filter", "torch"):
         import_module(name)

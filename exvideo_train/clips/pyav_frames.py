@@ -17,6 +17,7 @@ from exvideo_train.clips.container import (
     UnreadableClip,
     open_video,
     quarter_turn,
+    shown_size,
     stream_duration,
     stream_fps,
 )
@@ -25,6 +26,7 @@ from exvideo_train.clips.timing import (
     TIME_TOLERANCE_SECONDS,
     check_order,
     check_start,
+    seek_to,
     why_ended,
 )
 
@@ -97,9 +99,7 @@ def iter_window(
 
 
 def _small_size(frame: av.video.frame.VideoFrame, pixel_aspect: float, long_side: int) -> tuple[int, int]:
-    width, height = frame.width * pixel_aspect, float(frame.height)
-    if quarter_turn(frame.rotation) in (90, 270):
-        width, height = height, width
+    height, width = shown_size(frame, pixel_aspect)
     scale = long_side / max(width, height)
     return max(2, round(height * scale)), max(2, round(width * scale))
 
@@ -114,8 +114,8 @@ def _shown_frames(
             check_start(video, start, stream_duration(container, stream))
             _prepare_decoder(stream, num_threads)
             origin = stream.start_time or 0
-            if goal > 0 and stream.time_base:
-                container.seek(origin + int(goal / stream.time_base), stream=stream, backward=True)
+            if goal > 0 and not seek_to(goal, container, stream):
+                continue
             aspect = float(stream.sample_aspect_ratio or 1)
             frames = _timed_frames(container, stream, origin, start, video)
             shown = next(frames, None)

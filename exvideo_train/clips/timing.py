@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from exvideo_train.clips.container import Reason, UnreadableClip, open_video, stream_duration
+
+if TYPE_CHECKING:
+    import av.container
+    import av.video.stream
 
 # Timestamps are rounded to milliseconds in WebM and in data sets' spans; a moment may miss its frame by that much.
 TIME_TOLERANCE_SECONDS = 0.0015
@@ -32,6 +37,19 @@ def check_order(video: str, start: float, previous: float, moment: float) -> Non
         raise UnreadableClip(
             Reason.BAD_TIMESTAMPS, f"{video} has a frame at {moment:.2f} s after one at {previous:.2f} s"
         )
+
+
+def seek_to(seconds: float, container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> bool:
+    """Go to the last key frame not after so many seconds from the video's first frame; False if its format cannot."""
+    import av
+
+    if not stream.time_base:
+        return False
+    try:
+        container.seek((stream.start_time or 0) + int(seconds / stream.time_base), stream=stream, backward=True)
+    except (av.FFmpegError, OSError):
+        return False
+    return True
 
 
 def check_start(video: str, start: float, length: float | None) -> None:

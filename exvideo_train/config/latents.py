@@ -33,7 +33,7 @@ class EncodeLatents(Experiment):
     engine: EncodeEngine = EncodeEngine.local
     """local takes every GPU of this machine, or of all machines under accelerate launch; ray runs on a Ray cluster."""
     decoder: Decoder = Decoder.pyav
-    """pyav is faster and rounds colours exactly; decord gives the same moments. A geometry's clips are all of one."""
+    """pyav is faster and rounds colours exactly; decord gives the same moments. A store's clips are all of one."""
     encoder_dtype: Dtype = Dtype.bf16
     """Number format of T5 and the VAE while encoding. fp32 is for tests on a CPU."""
     tiling: bool = False

@@ -83,8 +83,11 @@ def _serve(connection: Connection, geometry: Geometry, decoder: str) -> None:
     import torch  # noqa: F401
 
     from exvideo_train.clips.container import UnreadableClip
+    from exvideo_train.clips.decord_frames import load_decord
     from exvideo_train.clips.reader import read_frames
 
+    if decoder == "decord":
+        load_decord()
     connection.send("ready")
     while True:
         try:

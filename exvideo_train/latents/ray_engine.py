@@ -19,12 +19,13 @@ from typing import Any
 
 from exvideo_train.clips.record import ClipRecord, parse_record
 from exvideo_train.errors import UserError
+from exvideo_train.files import create_marker
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.decode import DecodeWorker, Failure
 from exvideo_train.latents.encode_worker import ClipEncoder, Totals, is_settled, not_finite, quarantine_clip
 from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.settings import EncodeSettings
-from exvideo_train.latents.shared_captions import SharedCaptions
+from exvideo_train.latents.shared_captions import PATIENCE_SECONDS, SharedCaptions
 from exvideo_train.latents.store import LatentStore
 
 # Ray starts an actor again when it dies and gives it the same clip; after so many tries the clip is left out.
@@ -63,9 +64,11 @@ class EncodeActor:
         self._settings = settings
         self._store = LatentStore.open(settings.store_path)
         self._quarantine = Quarantine(settings.store_path, settings.geometry)
-        self._captions = SharedCaptions(_captions_folder(settings))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._timeout_seconds = settings.seconds_to_encode(device)
+        # Within the time that a hanging encoder has: to wait for another one is not to hang.
+        patience = min(PATIENCE_SECONDS, self._timeout_seconds / 4)
+        self._captions = SharedCaptions(_captions_folder(settings), patience)
         self._encoder = self._load_encoder(device)
         self._waiting_since = time.monotonic()
 
@@ -88,7 +91,9 @@ class EncodeActor:
 
     def _settle(self, record: ClipRecord, row: Row, outcome: Row) -> None:
         if not self._store.empty_prompt_path.exists():
-            self._store.write_empty_prompt(self._encoder.text(""))
+            with self._watched():
+                text_LC = self._encoder.text("")
+            self._store.write_empty_prompt(text_LC)
         # Ray may give a clip a second time after it lost a machine.
         if is_settled(self._store, self._quarantine, record):
             return
@@ -100,12 +105,9 @@ class EncodeActor:
             path.unlink(missing_ok=True)
 
     def _encode(self, record: ClipRecord, row: Row, outcome: Row) -> Failure | None:
-        attempt = next((path for path in self._attempt_paths(record) if not path.exists()), None)
-        if attempt is None:
+        if not any(create_marker(path) for path in self._attempt_paths(record)):
             detail = f"its encoder died {ATTEMPTS_A_CLIP} times, or was killed after {self._timeout_seconds:g} s"
             return Failure("encoder_died", detail)
-        attempt.parent.mkdir(parents=True, exist_ok=True)
-        attempt.touch()
         with self._watched():
             encode = self._encoder.text
             text_LC = self._captions.text(record.caption, encode) if row["shared"] else encode(record.caption)

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exvideo_train.files import atomic_write_bytes
+from exvideo_train.files import atomic_write_bytes, create_marker
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Many times what T5 takes for a caption on a GPU; whoever was to encode it has died then.
-CLAIM_SECONDS = 120.0
+PATIENCE_SECONDS = 120.0
 _POLL_SECONDS = 0.05
 
 
@@ -26,10 +26,12 @@ class SharedCaptions:
 
     Args:
         folder: made when first written to; whoever starts and ends a run deletes it.
+        patience_seconds: how long to wait for another encoder before encoding its caption as well.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.folder = folder
+        self.patience_seconds = patience_seconds
 
     def text(self, caption: str, encode: Callable[[str], Tensor]) -> Tensor:
         """A caption's embedding (L, C): another encoder's, when it has one or is about to, or else by `encode`.
@@ -40,20 +42,12 @@ class SharedCaptions:
         from safetensors.torch import load, save
 
         path = self.folder / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
-        deadline = time.monotonic() + CLAIM_SECONDS
-        while not path.exists() and not self._claim(path) and time.monotonic() < deadline:
+        deadline = time.monotonic() + self.patience_seconds
+        claim = path.with_suffix(".claim")
+        while not path.exists() and not create_marker(claim) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         if path.exists():
             return load(path.read_bytes())["text_LC"]
         text_LC = encode(caption)
         atomic_write_bytes(path, save({"text_LC": text_LC.contiguous()}))
         return text_LC
-
-    def _claim(self, path: Path) -> bool:
-        """Whether it falls to this encoder to encode the caption."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            path.with_suffix(".claim").open("x").close()
-        except FileExistsError:
-            return False
-        return True

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from support.trained import FORMS, NAN_CLIP, SHORT_CLIPS, Trained
+from support.wandb_file import read_history
 
 from exvideo_train.adapters.formats import read_adapter
 from exvideo_train.training.checkpoint import list_checkpoints, load_checkpoint
@@ -161,7 +162,11 @@ def test_jsonl_wandb_and_tensorboard_get_the_same_figures(trained: Trained) -> N
     assert "speed/phase_seconds/forward" in events.Tags()["scalars"]
     offline = list((trained.run_dir("logged") / "wandb").glob("offline-run-*/*.wandb"))
     assert len(offline) == 1
-    assert offline[0].stat().st_size > 0
+    history = read_history(offline[0])
+    for name in ("loss", "grad_norm", "lr"):
+        assert [step[name] for step in history] == pytest.approx([record[name] for record in records])
+    speeds = [step["speed/phase_seconds/forward"] for step in history]
+    assert speeds == pytest.approx([record["speed"]["phase_seconds"]["forward"] for record in records])
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name != "plain"])

@@ -99,6 +99,48 @@ def test_variable_rate_shows_the_right_moments(suffix, video, clip, number_in, r
         assert shown == shown_at([moment / 1000 for moment in milliseconds], [start + i / 8 for i in range(17)])
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_reordered_frames_of_matroska_are_shown_in_order(codec, video, clip, number_in, read, tmp_path):
+    """It does not say when its first packets are decoded; at 5 frames a second they are far apart."""
+    path = video(tmp_path / "slow.mkv", codec=codec, frames=40, fps=5)
+    for start in (0.0, 0.4, 5.2):
+        expected = shown_at([index / 5 for index in range(40)], [start + index / 8 + 0.0015 for index in range(17)])
+        assert numbers(read(clip(path, start), SMALL), number_in) == expected
+    assert numbers(read(clip(path, 0.2), Geometry(1, 96, 128, 8)), number_in) == [1]
+
+
+def test_frames_that_an_edit_list_cuts_off_are_not_shown(video, clip, read, tmp_path):
+    path = video(tmp_path / "cut.mp4")
+    content = bytearray(path.read_bytes())
+    place = content.index(b"elst") + 12
+    assert int.from_bytes(content[place : place + 4], "big") == 6000
+    content[place : place + 4] = (2100).to_bytes(4, "big")
+    path.write_bytes(content)
+    assert read(clip(path), SMALL).shape[0] == 17
+    with pytest.raises(UnreadableClip) as caught:
+        read(clip(path, 0.8), SMALL)
+    assert caught.value.reason == "span_past_end"
+
+
+def test_decord_refuses_packets_that_show_nothing(video, clip, number_in, tmp_path):
+    """H.264 that begins at a recovery point holds back its first frames: all others would be counted wrongly."""
+    options = {"x264-params": "intra-refresh=1:keyint=2:bframes=0"}
+    path = video(tmp_path / "refreshed.mp4", options=options)
+    expected = shown_at([index / 25 for index in range(150)], [1.0 + index / 8 + 0.0015 for index in range(17)])
+    assert numbers(read_frames(clip(path, 1.0), SMALL), number_in) == expected
+    with pytest.raises(UnreadableClip) as caught:
+        read_frames(clip(path, 1.0), SMALL, decoder="decord")
+    assert caught.value.reason == "corrupt"
+
+
+def test_decord_names_codecs_that_it_cannot_be_given(video, clip, tmp_path):
+    path = video(tmp_path / "old.wmv", codec="wmv2")
+    assert read_frames(clip(path), SMALL).shape[0] == 17
+    with pytest.raises(UnreadableClip, match=r"wmv2.*decoder=pyav reads it") as caught:
+        read_frames(clip(path), SMALL, decoder="decord")
+    assert caught.value.reason == "unsupported_codec"
+
+
 def test_a_video_that_begins_late_is_counted_from_its_first_frame(video, clip, number_in, read, tmp_path):
     path = video(tmp_path / "late.mkv", frames=60, milliseconds=[5000 + 40 * index for index in range(60)])
     assert numbers(read(clip(path), SMALL), number_in) == [int(index * 3.125) for index in range(17)]
@@ -356,12 +398,13 @@ def test_a_file_that_may_not_be_read(good, clip, read):
     assert caught.value.reason == "permission"
 
 
-def test_damage_before_the_span_does_not_matter(video, clip, number_in, read, tmp_path):
+@pytest.mark.parametrize("damaged", [0, 3])
+def test_damage_before_the_span_does_not_matter(damaged, video, clip, number_in, read, tmp_path):
     path = video(tmp_path / "damaged.mp4", frames=150, gop=25)
     content = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
         positions = [(packet.pts, packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
-    _, position, size = positions[3]
+    _, position, size = positions[damaged]
     content[position + 8 : position + size] = b"\xff" * (size - 8)
     path.write_bytes(content)
     moments = [2.0 + index / 8 + 0.0015 for index in range(17)]

@@ -5,7 +5,6 @@ import threading
 import pytest
 import torch
 
-from exvideo_train.latents import shared_captions
 from exvideo_train.latents.shared_captions import SharedCaptions
 
 
@@ -31,9 +30,8 @@ def test_each_caption_is_encoded_once_however_many_ask(tmp_path):
         assert torch.equal(text_LC, torch.full((2, 3), float(len(caption)), dtype=torch.bfloat16))
 
 
-def test_an_encoder_that_dies_with_its_claim_costs_only_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(shared_captions, "CLAIM_SECONDS", 0.2)
-    captions = SharedCaptions(tmp_path)
+def test_an_encoder_that_dies_with_its_claim_costs_only_time(tmp_path):
+    captions = SharedCaptions(tmp_path, patience_seconds=0.2)
 
     def die(caption):
         raise KeyboardInterrupt
