@@ -252,26 +252,36 @@ def shown_size(frame: av.video.frame.VideoFrame, pixel_aspect: float) -> tuple[i
     return (width, height) if quarter_turn(frame.rotation) in (90, 270) else (height, width)
 
 
+def first_shown_size(
+    video: str, container: av.container.InputContainer, stream: av.video.stream.VideoStream
+) -> tuple[int, int]:
+    """Height and width as shown of the next frame of a container just opened.
+
+    Raises:
+        UnreadableClip: the frame cannot be decoded, or there is none.
+    """
+    import av
+
+    stream.codec_context.thread_count = 1
+    try:
+        frame = next(container.decode(stream), None)
+    except (av.FFmpegError, OSError) as error:
+        raise UnreadableClip(Reason.CORRUPT, f"{video}: first frame: {error}") from None
+    if frame is None:
+        raise UnreadableClip(Reason.TRUNCATED, f"{video} holds no frame")
+    return shown_size(frame, float(stream.sample_aspect_ratio or 1))
+
+
 def probe_video(video: str) -> VideoInfo:
     """Rate, size, length and codec of a video; one frame is decoded, because rotation is told by frames.
 
     Raises:
         UnreadableClip: the video cannot be opened or its first frame not decoded.
     """
-    import av
-
     with open_video(video) as (container, stream):
         fps, codec = stream_fps(stream), stream.codec_context.name
         duration = stream_duration(container, stream)
-        aspect = float(stream.sample_aspect_ratio or 1)
-        stream.codec_context.thread_count = 1
-        try:
-            frame = next(container.decode(stream), None)
-        except (av.FFmpegError, OSError) as error:
-            raise UnreadableClip(Reason.CORRUPT, f"{video}: first frame: {error}") from None
-        if frame is None:
-            raise UnreadableClip(Reason.TRUNCATED, f"{video} holds no frame")
-        height, width = shown_size(frame, aspect)
+        height, width = first_shown_size(video, container, stream)
     return VideoInfo(fps, width, height, duration, codec)
 
 

@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exvideo_train.clips.container import Reason, UnreadableClip, open_video, shown_size, stream_duration, stream_fps
+from exvideo_train.clips.container import (
+    Reason,
+    UnreadableClip,
+    first_shown_size,
+    open_video,
+    stream_duration,
+    stream_fps,
+)
 from exvideo_train.clips.timing import (
     SEEK_BACK_SECONDS,
     TIME_TOLERANCE_SECONDS,
@@ -64,11 +71,15 @@ def iter_frames(
     Raises:
         UnreadableClip: the video cannot be opened or decoded, or ends before the last moment.
     """
+    import av
+
     span = _copy_span(video, moments[0], moments[-1])
     if moments[-1] >= span.until - TIME_TOLERANCE_SECONDS:
         raise why_ended(video, moments)
     shown = [max(bisect.bisect_right(span.times, moment + TIME_TOLERANCE_SECONDS) - 1, 0) for moment in moments]
-    shown_height, shown_width = _size(video, span)
+    # Of the span's own first frame: videos are joined from unlike ones.
+    with av.open(io.BytesIO(span.content), "r") as container:
+        shown_height, shown_width = first_shown_size(video, container, container.streams.video[0])
     scale = max(height / shown_height, width / shown_width)
     # The same number of rows or columns is cut off at either side: half a pixel more or less would shift the picture.
     top, left = max(0, round((shown_height * scale - height) / 2)), max(0, round((shown_width * scale - width) / 2))
@@ -208,22 +219,6 @@ def _write(video: str, stream: av.video.stream.VideoStream, packets: list[av.pac
             Reason.UNSUPPORTED_CODEC, f"{video}: decord cannot be given {codec} ({error}); decoder=pyav reads it"
         ) from None
     return target.getvalue()
-
-
-def _size(video: str, span: _Span) -> tuple[int, int]:
-    """Height and width of the span's first frame as shown: of the span's, as videos are joined from unlike ones."""
-    import av
-
-    with av.open(io.BytesIO(span.content), "r") as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        try:
-            frame = next(container.decode(stream), None)
-        except (av.FFmpegError, OSError) as error:
-            raise UnreadableClip(Reason.CORRUPT, f"{video} at {span.times[0]:.2f} s: {error}") from None
-        if frame is None:
-            raise UnreadableClip(Reason.CORRUPT, f"{video} shows no frame from {span.times[0]:.2f} s on")
-        return shown_size(frame, float(stream.sample_aspect_ratio or 1))
 
 
 def _mux(stream: av.video.stream.VideoStream, packets: list[av.packet.Packet], target: io.BytesIO) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
 from exvideo_train.clips.record import ClipRecord, make_clip_id
 
@@ -37,6 +39,16 @@ def read_number(frame_HWC: np.ndarray) -> int:
         block = middle[:, int((x - 0.06) * width) : int((x + 0.06) * width)]
         number |= int(block.mean() > (DARK + BRIGHT) / 2) << bit
     return number
+
+
+def read_numbers(frames_FHWC: torch.Tensor) -> list[int]:
+    """The number that each upright frame shows."""
+    return [read_number(frame) for frame in frames_FHWC.numpy()]
+
+
+def shown_at(times: list[float], moments: list[float]) -> list[int]:
+    """Index of the frame that a player shows: the last that has begun."""
+    return [bisect.bisect_right(times, moment + 1e-6) - 1 for moment in moments]
 
 
 def make_video(

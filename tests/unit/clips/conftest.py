@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-from support.videos import clip_of, make_video, read_number
+import torch
+from support.videos import clip_of, make_video
 
+from exvideo_train.clips.reader import read_frames
 from exvideo_train.clips.record import ClipRecord
 
 
@@ -24,7 +26,12 @@ def clip() -> Callable[..., ClipRecord]:
     return clip_of
 
 
-@pytest.fixture(scope="session")
-def number_in() -> Callable[[np.ndarray], int]:
-    """`read_number`."""
-    return read_number
+@pytest.fixture(params=["pyav", "decord"])
+def decoder(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def read(decoder) -> Callable[..., torch.Tensor]:
+    """`read_frames` with either decoder."""
+    return partial(read_frames, decoder=decoder)

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import bisect
-import io
-import os
-import resource
 import subprocess
 import sys
 import tarfile
-import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
-from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.broken import write_broken, write_good
+from support.videos import read_numbers, shown_at
 
 from exvideo_train.clips.container import UnreadableClip, probe_video
 from exvideo_train.clips.reader import read_frames
@@ -43,28 +35,8 @@ CODECS = {
 }
 
 
-@pytest.fixture(params=["pyav", "decord"])
-def decoder(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def read(decoder) -> Callable[..., torch.Tensor]:
-    """`read_frames` with either decoder."""
-    return partial(read_frames, decoder=decoder)
-
-
-def numbers(frames_FHWC: torch.Tensor, number_in: Callable[[np.ndarray], int]) -> list[int]:
-    return [number_in(frame) for frame in frames_FHWC.numpy()]
-
-
-def shown_at(times: list[float], moments: list[float]) -> list[int]:
-    """Index of the frame that a player shows: the last that has begun."""
-    return [bisect.bisect_right(times, moment + 1e-6) - 1 for moment in moments]
-
-
 @pytest.mark.parametrize("name", CODECS)
-def test_every_codec_shows_the_right_frames_from_any_start(name, video, clip, number_in, read, tmp_path):
+def test_every_codec_shows_the_right_frames_from_any_start(name, video, clip, read, tmp_path):
     path = video(tmp_path / name, **CODECS[name])
     times = [index / 25 for index in range(150)]
     # Between keyframes, on one, at the very start, and the last window that fits.
@@ -73,40 +45,40 @@ def test_every_codec_shows_the_right_frames_from_any_start(name, video, clip, nu
         assert frames_FHWC.shape == (17, 96, 128, 3)
         assert frames_FHWC.dtype == torch.uint8
         moments = [start + index / 8 + 0.0015 for index in range(17)]
-        assert numbers(frames_FHWC, number_in) == shown_at(times, moments), start
+        assert read_numbers(frames_FHWC) == shown_at(times, moments), start
 
 
 @pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(60), Fraction(50)])
-def test_constant_rates_show_the_right_moments(rate, video, clip, number_in, read, tmp_path):
+def test_constant_rates_show_the_right_moments(rate, video, clip, read, tmp_path):
     path = video(tmp_path / "clock.mp4", frames=int(rate * 4), fps=rate)
     times = [float(index / rate) for index in range(int(rate * 4))]
     for start in (0.0, 1.3):
-        shown = numbers(read(clip(path, start), SMALL), number_in)
+        shown = read_numbers(read(clip(path, start), SMALL))
         for index, number in enumerate(shown):
             lag = start + index / 8 - times[number]
             assert -0.002 <= lag < 1 / float(rate), f"frame {index} shows {times[number]:.3f} s"
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_variable_rate_shows_the_right_moments(suffix, video, clip, number_in, read, tmp_path):
+def test_variable_rate_shows_the_right_moments(suffix, video, clip, read, tmp_path):
     steps = [17, 200, 33, 33, 90, 500, 10, 41]
     milliseconds = [0]
     while milliseconds[-1] < 5000:
         milliseconds.append(milliseconds[-1] + steps[len(milliseconds) % len(steps)])
     path = video(tmp_path / f"variable{suffix}", frames=len(milliseconds), milliseconds=milliseconds)
     for start in (0.0, 0.7, 2.25):
-        shown = numbers(read(clip(path, start), SMALL), number_in)
+        shown = read_numbers(read(clip(path, start), SMALL))
         assert shown == shown_at([moment / 1000 for moment in milliseconds], [start + i / 8 for i in range(17)])
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
-def test_reordered_frames_of_matroska_are_shown_in_order(codec, video, clip, number_in, read, tmp_path):
+def test_reordered_frames_of_matroska_are_shown_in_order(codec, video, clip, read, tmp_path):
     """It does not say when its first packets are decoded; at 5 frames a second they are far apart."""
     path = video(tmp_path / "slow.mkv", codec=codec, frames=40, fps=5)
     for start in (0.0, 0.4, 5.2):
         expected = shown_at([index / 5 for index in range(40)], [start + index / 8 + 0.0015 for index in range(17)])
-        assert numbers(read(clip(path, start), SMALL), number_in) == expected
-    assert numbers(read(clip(path, 0.2), Geometry(1, 96, 128, 8)), number_in) == [1]
+        assert read_numbers(read(clip(path, start), SMALL)) == expected
+    assert read_numbers(read(clip(path, 0.2), Geometry(1, 96, 128, 8))) == [1]
 
 
 def test_frames_that_an_edit_list_cuts_off_are_not_shown(video, clip, read, tmp_path):
@@ -122,28 +94,9 @@ def test_frames_that_an_edit_list_cuts_off_are_not_shown(video, clip, read, tmp_
     assert caught.value.reason == "span_past_end"
 
 
-def test_decord_refuses_packets_that_show_nothing(video, clip, number_in, tmp_path):
-    """H.264 that begins at a recovery point holds back its first frames: all others would be counted wrongly."""
-    options = {"x264-params": "intra-refresh=1:keyint=2:bframes=0"}
-    path = video(tmp_path / "refreshed.mp4", options=options)
-    expected = shown_at([index / 25 for index in range(150)], [1.0 + index / 8 + 0.0015 for index in range(17)])
-    assert numbers(read_frames(clip(path, 1.0), SMALL), number_in) == expected
-    with pytest.raises(UnreadableClip) as caught:
-        read_frames(clip(path, 1.0), SMALL, decoder="decord")
-    assert caught.value.reason == "corrupt"
-
-
-def test_decord_names_codecs_that_it_cannot_be_given(video, clip, tmp_path):
-    path = video(tmp_path / "old.wmv", codec="wmv2")
-    assert read_frames(clip(path), SMALL).shape[0] == 17
-    with pytest.raises(UnreadableClip, match=r"wmv2.*decoder=pyav reads it") as caught:
-        read_frames(clip(path), SMALL, decoder="decord")
-    assert caught.value.reason == "unsupported_codec"
-
-
-def test_a_video_that_begins_late_is_counted_from_its_first_frame(video, clip, number_in, read, tmp_path):
+def test_a_video_that_begins_late_is_counted_from_its_first_frame(video, clip, read, tmp_path):
     path = video(tmp_path / "late.mkv", frames=60, milliseconds=[5000 + 40 * index for index in range(60)])
-    assert numbers(read(clip(path), SMALL), number_in) == [int(index * 3.125) for index in range(17)]
+    assert read_numbers(read(clip(path), SMALL)) == [int(index * 3.125) for index in range(17)]
 
 
 def test_the_example_clip_holds_one_129_frame_window(clip, clip_path, read):
@@ -208,42 +161,16 @@ def rgb_of(red: float, green: float, blue: float) -> np.ndarray:
     return np.linalg.inv(yuv_of(red, green, blue))
 
 
-def test_decord_is_decord(clip, clip_path):
-    """Level by level what bare decord gives for frames it can find by itself, once it is told the colour matrix."""
-    import decord
-
-    tagged = io.BytesIO()
-    with av.open(str(clip_path)) as source, av.open(tagged, "w", format="matroska") as target:
-        stream = target.add_stream_from_template(source.streams.video[0], opaque=True)
-        stream.codec_context.colorspace = 1
-        for packet in source.demux(video=0):
-            if packet.size:
-                packet.stream = stream
-                target.mux(packet)
-    tagged.seek(0)
-    reader = decord.VideoReader(tagged, width=1280, height=720, num_threads=1)
-    frames_FHWC = read_frames(clip(clip_path), Geometry(17, 720, 1280, 5), decoder="decord").numpy()
-    np.testing.assert_array_equal(reader.get_batch(range(0, 85, 5)).asnumpy(), frames_FHWC)
-
-
-@pytest.mark.parametrize("width", [32, 48, 64, 80, 96, 112, 144, 208])
-def test_narrow_pictures_keep_their_three_channels(width, video, clip, number_in, read, tmp_path):
-    path = video(tmp_path / "clock.mp4", frames=60, size=(48, width))
-    frames_FHWC = read(clip(path), Geometry(17, 48, width, 8))
-    assert numbers(frames_FHWC, number_in) == [int(index * 3.125) for index in range(17)]
-    assert frames_FHWC.float().std(dim=3).max() < 3
-
-
 @pytest.mark.parametrize("turn", [90, 180, 270])
-def test_rotation_metadata_is_applied(turn, video, clip, number_in, read, tmp_path):
+def test_rotation_metadata_is_applied(turn, video, clip, read, tmp_path):
     path = video(tmp_path / "turned.mp4", frames=60, turn=turn)
     info = probe_video(str(path))
     assert (info.width, info.height) == (128, 96)
     frames_FHWC = read(clip(path), SMALL)
-    assert numbers(frames_FHWC, number_in) == [int(index * 3.125) for index in range(17)]
+    assert read_numbers(frames_FHWC) == [int(index * 3.125) for index in range(17)]
 
 
-def test_pixel_aspect_is_applied(video, clip, number_in, read, tmp_path):
+def test_pixel_aspect_is_applied(video, clip, read, tmp_path):
     """Anamorphic video is shown 4/3 wider than stored: its crop to 4:3 keeps the stored middle alone."""
     height, width = 96, 128
     picture = np.full((height, width, 3), 200, np.uint8)
@@ -287,15 +214,15 @@ def float_reference(frame: av.VideoFrame, height: int, width: int) -> torch.Tens
     return F.interpolate(cropped, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0).clamp(0, 255)
 
 
-def test_a_clip_may_have_its_own_sampling_rate(video, clip, number_in, read, tmp_path):
+def test_a_clip_may_have_its_own_sampling_rate(video, clip, read, tmp_path):
     path = video(tmp_path / "short.mp4", frames=40)
     with pytest.raises(UnreadableClip):
         read(clip(path), SMALL)
     fast = replace(clip(path), sampling_fps=12.5)
-    assert numbers(read(fast, SMALL), number_in) == list(range(0, 34, 2))
+    assert read_numbers(read(fast, SMALL)) == list(range(0, 34, 2))
 
 
-def test_members_of_a_tar_shard_are_read_in_place(video, clip, number_in, read, tmp_path):
+def test_members_of_a_tar_shard_are_read_in_place(video, clip, read, tmp_path):
     path = video(tmp_path / "clip.mp4", frames=60)
     shard = tmp_path / "00000.tar"
     with tarfile.open(shard, "w") as archive:
@@ -330,101 +257,3 @@ def test_full_size_frames_are_never_all_in_memory(video, tmp_path):
     )
     # 97 frames at full size would be 600 MB in RGB and 300 MB as decoded.
     assert int(done.stdout) < 80_000
-
-
-# --- broken inputs ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
-    return write_good(tmp_path_factory.mktemp("good") / "good.mp4")
-
-
-BROKEN = [
-    ("absent", 0.0, None, "missing"),
-    ("cut_off", 0.0, None, "truncated"),
-    ("cut_off_matroska", 0.0, None, "truncated"),
-    ("zero_bytes", 0.0, None, "empty_file"),
-    ("text", 0.0, None, "not_video"),
-    ("audio", 0.0, None, "no_video_stream"),
-    ("one_frame", 0.0, None, "too_short"),
-    ("jumping_timestamps", 0.0, None, "bad_timestamps"),
-    ("returning_timestamps", 0.0, None, "bad_timestamps"),
-    ("corrupt_packets", 0.0, None, "corrupt"),
-    ("unknown_codec", 0.0, None, "unsupported_codec"),
-    ("folder", 0.0, None, "not_a_file"),
-    ("pipe", 0.0, None, "not_a_file"),
-    ("intact", 2.0, 1.0, "bad_span"),
-    ("intact", -1.0, 3.0, "bad_span"),
-    ("intact", 1.0, 2.5, "too_short"),
-    ("intact", 3.0, 9.0, "span_past_end"),
-    ("intact", 30.0, 39.0, "span_past_end"),
-]
-
-
-@pytest.mark.parametrize("codec", ["libx264", "libx265", "libvpx-vp9", "libsvtav1"])
-def test_damage_is_noticed_in_every_codec(codec, clip, read, tmp_path):
-    write_broken("corrupt_packets", write_good(tmp_path / "good.mp4", codec), tmp_path / "broken.mp4")
-    with pytest.raises(UnreadableClip) as caught:
-        read(clip(tmp_path / "broken.mp4"), SMALL)
-    assert caught.value.reason == "corrupt"
-
-
-@pytest.mark.parametrize(("kind", "start", "end", "reason"), BROKEN)
-def test_each_broken_input_has_its_own_reason(kind, start, end, reason, good, clip, read, tmp_path):
-    path = tmp_path / "broken.mp4"
-    write_broken(kind, good, path)
-    with pytest.raises(UnreadableClip) as caught:
-        read(clip(path, start, end), SMALL)
-    assert caught.value.reason == reason, caught.value
-    assert caught.value.detail
-
-
-def test_a_file_that_may_not_be_read(good, clip, read):
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        path = Path(folder) / "secret.mp4"
-        path.write_bytes(good.read_bytes())
-        path.chmod(0)
-        root = os.geteuid() == 0
-        if root:
-            os.seteuid(65534)
-        try:
-            with pytest.raises(UnreadableClip) as caught:
-                read(clip(path), SMALL)
-        finally:
-            if root:
-                os.seteuid(0)
-    assert caught.value.reason == "permission"
-
-
-@pytest.mark.parametrize("damaged", [0, 3])
-def test_damage_before_the_span_does_not_matter(damaged, video, clip, number_in, read, tmp_path):
-    path = video(tmp_path / "damaged.mp4", frames=150, gop=25)
-    content = bytearray(path.read_bytes())
-    with av.open(str(path)) as container:
-        positions = [(packet.pts, packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
-    _, position, size = positions[damaged]
-    content[position + 8 : position + size] = b"\xff" * (size - 8)
-    path.write_bytes(content)
-    moments = [2.0 + index / 8 + 0.0015 for index in range(17)]
-    expected = shown_at([index / 25 for index in range(150)], moments)
-    assert numbers(read(clip(path, 2.0), SMALL), number_in) == expected
-
-
-def test_unreadable_clip_travels_between_processes():
-    import pickle
-
-    error = pickle.loads(pickle.dumps(UnreadableClip("corrupt", "x")))
-    assert (error.reason, error.detail, str(error)) == ("corrupt", "x", "corrupt: x")
-
-
-def test_open_files_are_closed(good, clip, read):
-    before = len(os.listdir("/proc/self/fd"))
-    limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(20):
-        read(clip(good), SMALL, num_threads=1)
-        with pytest.raises(UnreadableClip):
-            read(clip(good, 3.0), SMALL, num_threads=1)
-    assert len(os.listdir("/proc/self/fd")) == before
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - limit < 50_000

@@ -1,0 +1,61 @@
+"""What is particular about decord: what it gives, and what it refuses because it would count it wrongly."""
+
+from __future__ import annotations
+
+import io
+
+import av
+import numpy as np
+import pytest
+from support.videos import read_numbers, shown_at
+
+from exvideo_train.clips.container import UnreadableClip
+from exvideo_train.clips.reader import read_frames
+from exvideo_train.geometry import Geometry
+
+SMALL = Geometry(num_frames=17, height=96, width=128, fps=8)
+
+
+def test_decord_is_decord(clip, clip_path):
+    """Level by level what bare decord gives for frames it can find by itself, once it is told the colour matrix."""
+    import decord
+
+    tagged = io.BytesIO()
+    with av.open(str(clip_path)) as source, av.open(tagged, "w", format="matroska") as target:
+        stream = target.add_stream_from_template(source.streams.video[0], opaque=True)
+        stream.codec_context.colorspace = 1
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    tagged.seek(0)
+    reader = decord.VideoReader(tagged, width=1280, height=720, num_threads=1)
+    frames_FHWC = read_frames(clip(clip_path), Geometry(17, 720, 1280, 5), decoder="decord").numpy()
+    np.testing.assert_array_equal(reader.get_batch(range(0, 85, 5)).asnumpy(), frames_FHWC)
+
+
+def test_decord_refuses_packets_that_show_nothing(video, clip, tmp_path):
+    """H.264 that begins at a recovery point holds back its first frames: all others would be counted wrongly."""
+    options = {"x264-params": "intra-refresh=1:keyint=2:bframes=0"}
+    path = video(tmp_path / "refreshed.mp4", options=options)
+    expected = shown_at([index / 25 for index in range(150)], [1.0 + index / 8 + 0.0015 for index in range(17)])
+    assert read_numbers(read_frames(clip(path, 1.0), SMALL)) == expected
+    with pytest.raises(UnreadableClip) as caught:
+        read_frames(clip(path, 1.0), SMALL, decoder="decord")
+    assert caught.value.reason == "corrupt"
+
+
+def test_decord_names_codecs_that_it_cannot_be_given(video, clip, tmp_path):
+    path = video(tmp_path / "old.wmv", codec="wmv2")
+    assert read_frames(clip(path), SMALL).shape[0] == 17
+    with pytest.raises(UnreadableClip, match=r"wmv2.*decoder=pyav reads it") as caught:
+        read_frames(clip(path), SMALL, decoder="decord")
+    assert caught.value.reason == "unsupported_codec"
+
+
+@pytest.mark.parametrize("width", [32, 48, 64, 80, 96, 112, 144, 208])
+def test_narrow_pictures_keep_their_three_channels(width, video, clip, read, tmp_path):
+    path = video(tmp_path / "clock.mp4", frames=60, size=(48, width))
+    frames_FHWC = read(clip(path), Geometry(17, 48, width, 8))
+    assert read_numbers(frames_FHWC) == [int(index * 3.125) for index in range(17)]
+    assert frames_FHWC.float().std(dim=3).max() < 3
