@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import errno
 import io
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,10 +85,13 @@ def iter_frames(
     # The same number of rows or columns is cut off at either side: half a pixel more or less would shift the picture.
     top, left = max(0, round((shown_height * scale - height) / 2)), max(0, round((shown_width * scale - width) / 2))
     reader = _Reader(video, span, height + 2 * top, width + 2 * left, num_threads)
-    for index, number in enumerate(shown):
-        yield index, reader.frame(number)[top : top + height, left : left + width]
-    # A packet without a picture would shift all frames after it: then there are too few.
-    reader.frame(len(span.times) - 1)
+    # A packet without a picture would shift all frames after it: then there are too few, and the last one is missed.
+    frames = reader.frames([*dict.fromkeys(shown), len(span.times) - 1])
+    for _, indices in itertools.groupby(range(len(moments)), shown.__getitem__):
+        frame_HWC = next(frames)[top : top + height, left : left + width]
+        for index in indices:
+            yield index, frame_HWC
+    next(frames)
 
 
 @dataclass
@@ -251,7 +255,6 @@ class _Reader:
         self._decord = load_decord()
         self._video, self._span = video, span
         self._next = 0
-        self._frame: np.ndarray | None = None
         source = io.BytesIO(span.content)
         if span.codec in _ONE_THREAD_CODECS:
             num_threads = 1
@@ -264,21 +267,26 @@ class _Reader:
         except (self._decord.DECORDError, RuntimeError) as error:
             raise self._damaged(error) from None
 
-    def frame(self, number: int) -> np.ndarray:
-        """The span's frame of that number, uint8 RGB (H, W, C); numbers do not go back."""
-        if number < self._next:
-            assert self._frame is not None
-            return self._frame
+    def frames(self, numbers: list[int]) -> Iterator[np.ndarray]:
+        """The span's frames of these ascending numbers, uint8 RGB (H, W, C); the last may come twice."""
+        frame_HWC: np.ndarray | None = None
         try:
-            self._skip_to(number)
-            frame_HWC = self._reader.next().asnumpy()
+            self._skip_to(numbers[0])
+            for number, following in itertools.pairwise([*numbers, numbers[-1]]):
+                if number >= self._next:
+                    frame = self._take()
+                    # At once: until told that it may skip them, decord converts the frames that come next.
+                    self._skip_to(following)
+                    frame_HWC = _unpadded(frame.asnumpy())
+                assert frame_HWC is not None
+                yield frame_HWC
         except (self._decord.DECORDError, self._decord.DECORDLimitReachedError, StopIteration) as error:
             raise self._damaged(error) from None
-        # decord takes a padded row for so many channels, which in a picture of under 128 columns may be more than 3.
-        rows = frame_HWC.reshape(frame_HWC.shape[0], -1)
-        self._frame = rows[:, : 3 * frame_HWC.shape[1]].reshape(*frame_HWC.shape[:2], 3)
-        self._next = number + 1
-        return self._frame
+
+    def _take(self) -> Any:
+        frame = self._reader.next()
+        self._next += 1
+        return frame
 
     def _skip_to(self, number: int) -> None:
         """Decode the frames before `number` unconverted, except for one before each key frame.
@@ -293,14 +301,19 @@ class _Reader:
                 self._reader.skip_frames(goal - self._next)
                 self._next = goal
             else:
-                self._reader.next()
-                self._next += 1
+                self._take()
 
     def _damaged(self, error: Exception) -> UnreadableClip:
         message = (str(error).strip().splitlines() or ["its frames end early"])[0]
         return UnreadableClip(
             Reason.CORRUPT, f"{self._video} after {self._span.times[max(self._next - 1, 0)]:.2f} s: decord: {message}"
         )
+
+
+def _unpadded(frame_HWC: np.ndarray) -> np.ndarray:
+    """decord takes a padded row for so many channels, which in a picture of under 128 columns may be more than 3."""
+    rows = frame_HWC.reshape(frame_HWC.shape[0], -1)
+    return rows[:, : 3 * frame_HWC.shape[1]].reshape(*frame_HWC.shape[:2], 3)
 
 
 def load_decord() -> Any:
