@@ -11,53 +11,22 @@ Axis letters: H height, W width, C channel.
 from __future__ import annotations
 
 import bisect
-import errno
 import io
 import itertools
-import math
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from fractions import Fraction
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from exvideo_train.clips.container import (
-    Reason,
-    UnreadableClip,
-    first_shown_size,
-    open_video,
-    stream_duration,
-    stream_fps,
-)
-from exvideo_train.clips.timing import (
-    SEEK_BACK_SECONDS,
-    TIME_TOLERANCE_SECONDS,
-    check_order,
-    check_start,
-    seek_to,
-    why_ended,
-)
+from exvideo_train.clips.container import Reason, UnreadableClip, first_shown_size
+from exvideo_train.clips.span_packets import SpanPart, copy_span
+from exvideo_train.clips.timing import TIME_TOLERANCE_SECONDS, why_ended
 
-if TYPE_CHECKING:
-    import av.container
-    import av.packet
-    import av.video.stream
-
-# H.264 and HEVC let no more frames than this be decoded before, and shown after, another one.
-_MOST_REORDERED_FRAMES = 16
 # With several threads decord loses their packets ("Error sending packet").
 _ONE_THREAD_CODECS = ("vp9",)
-_HD_LINES = 720
-_UNSPECIFIED, _BT709 = 2, 1  # AVCOL_SPC_*
-# Video that does not name its matrix is BT.709 from 720 lines on, as players take it to be; decord takes BT.601.
-_TAG_AS_BT709 = {
-    "h264": "h264_metadata=matrix_coefficients=1",
-    "hevc": "hevc_metadata=matrix_coefficients=1",
-    "av1": "av1_metadata=matrix_coefficients=1",
-    "vp9": "vp9_metadata=color_space=bt709",
-}
 
 
 def iter_frames(
@@ -72,192 +41,54 @@ def iter_frames(
     Raises:
         UnreadableClip: the video cannot be opened or decoded, or ends before the last moment.
     """
-    import av
-
-    span = _copy_span(video, moments[0], moments[-1])
+    most_threads = num_threads or os.cpu_count() or 1
+    span = copy_span(video, moments[0], moments[-1], max_parts=most_threads)
     if moments[-1] >= span.until - TIME_TOLERANCE_SECONDS:
         raise why_ended(video, moments)
-    shown = [max(bisect.bisect_right(span.times, moment + TIME_TOLERANCE_SECONDS) - 1, 0) for moment in moments]
+    begins = [part.times[0] for part in span.parts]
+    part_of = [max(bisect.bisect_right(begins, moment + TIME_TOLERANCE_SECONDS) - 1, 0) for moment in moments]
+    if span.codec in _ONE_THREAD_CODECS:
+        num_threads = 1
+    elif len(span.parts) > 1:
+        num_threads = max(1, most_threads // len(span.parts))
+    top, left, decoded_height, decoded_width = _cover(video, span.parts[0], height, width)
+
+    def read(number: int, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        part = span.parts[number]
+        reader = _Reader(video, part, decoded_height, decoded_width, num_threads)
+        for index, frame_HWC in zip(indices, reader.frames_at([moments[index] for index in indices]), strict=True):
+            yield index, frame_HWC[top : top + height, left : left + width]
+
+    work = [(number, list(indices)) for number, indices in itertools.groupby(range(len(moments)), part_of.__getitem__)]
+    if len(work) == 1:
+        yield from read(*work[0])
+        return
+    with ThreadPoolExecutor(len(work)) as threads:
+        for frames in threads.map(lambda task: list(read(*task)), work):
+            yield from frames
+
+
+def _cover(video: str, part: SpanPart, height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width): where the target lies in the smallest picture that covers it, and that one's size."""
+    import av
+
     # Of the span's own first frame: videos are joined from unlike ones.
-    with av.open(io.BytesIO(span.content), "r") as container:
+    with av.open(io.BytesIO(part.content), "r") as container:
         shown_height, shown_width = first_shown_size(video, container, container.streams.video[0])
     scale = max(height / shown_height, width / shown_width)
     # The same number of rows or columns is cut off at either side: half a pixel more or less would shift the picture.
     top, left = max(0, round((shown_height * scale - height) / 2)), max(0, round((shown_width * scale - width) / 2))
-    reader = _Reader(video, span, height + 2 * top, width + 2 * left, num_threads)
-    # A packet without a picture would shift all frames after it: then there are too few, and the last one is missed.
-    frames = reader.frames([*dict.fromkeys(shown), len(span.times) - 1])
-    for _, indices in itertools.groupby(range(len(moments)), shown.__getitem__):
-        frame_HWC = next(frames)[top : top + height, left : left + width]
-        for index in indices:
-            yield index, frame_HWC
-    next(frames)
-
-
-@dataclass
-class _Span:
-    """A piece of a video that can be decoded on its own.
-
-    Attributes:
-        content: a Matroska file of it.
-        codec: FFmpeg's name of its codec.
-        times: when its frames are shown, ascending, in seconds from the whole video's first frame.
-        until: when the last of them is no longer shown.
-    """
-
-    content: bytes
-    codec: str
-    times: list[float]
-    until: float
-
-
-def _copy_span(video: str, start: float, last: float) -> _Span:
-    """The packets from the last key frame not after `start` to the frame shown at `last`, undecoded."""
-    for back in SEEK_BACK_SECONDS:
-        goal = max(start - back, 0.0)
-        with open_video(video) as (container, stream):
-            check_start(video, start, stream_duration(container, stream))
-            origin = stream.start_time or 0
-            if goal > 0 and not seek_to(goal, container, stream):
-                continue
-            packets, until = _take_packets(video, container, stream, origin, start, last)
-            if goal > 0 and (not packets or packets[0][0] > start + TIME_TOLERANCE_SECONDS):
-                continue
-            times = _shown_times(video, [time for time, _ in packets])
-            content = _write(video, stream, [packet for _, packet in packets]) if packets else b""
-            return _Span(content, stream.codec_context.codec.canonical_name, times, until)
-    raise AssertionError("the last attempt begins at the video's start")
-
-
-def _take_packets(
-    video: str,
-    container: av.container.InputContainer,
-    stream: av.video.stream.VideoStream,
-    origin: int,
-    start: float,
-    last: float,
-) -> tuple[list[tuple[float, av.packet.Packet]], float]:
-    """(time, packet) in the order of decoding, and until when the last of their frames is shown."""
-    taken: list[tuple[float, Any]] = []
-    decoded_at = -math.inf
-    for packet in _demux(video, container, stream):
-        if packet.pts is None or packet.time_base is None:
-            raise UnreadableClip(Reason.BAD_TIMESTAMPS, f"{video} has frames without timestamps")
-        moment = float((packet.pts - origin) * packet.time_base)
-        # Matroska does not know it for the first packets.
-        decodes = decoded_at if packet.dts is None else float((packet.dts - origin) * packet.time_base)
-        check_order(video, start, decoded_at, decodes)
-        decoded_at = max(decoded_at, decodes)
-        if packet.is_keyframe and (not taken or moment <= start + TIME_TOLERANCE_SECONDS):
-            taken = []
-        elif not taken or moment < taken[0][0]:
-            # Shown before the key frame that decoding begins with.
-            continue
-        taken.append((moment, packet))
-        # No later packet can be shown earlier than it is decoded.
-        if decodes > last + 2 * TIME_TOLERANCE_SECONDS:
-            break
-    return taken, _shown_until(video, stream, taken)
-
-
-def _shown_until(video: str, stream: av.video.stream.VideoStream, taken: list[tuple[float, av.packet.Packet]]) -> float:
-    """When the last frame is no longer shown; those that an edit list cuts off are decoded, but never shown."""
-    ordered = sorted(taken, key=lambda entry: entry[0])
-    shown = [number for number, (_, packet) in enumerate(ordered) if not packet.is_discard]
-    if not shown:
-        return -math.inf
-    if shown[-1] - shown[0] >= len(shown):
-        raise UnreadableClip(
-            Reason.BAD_TIMESTAMPS, f"{video} has an edit list that cuts frames out of its middle; decoder=pyav reads it"
-        )
-    end, packet = ordered[shown[-1]]
-    return end + _duration(packet, stream) + 2 * TIME_TOLERANCE_SECONDS
-
-
-def _demux(
-    video: str, container: av.container.InputContainer, stream: av.video.stream.VideoStream
-) -> Iterator[av.packet.Packet]:
-    import av
-
-    try:
-        for packet in container.demux(stream):
-            # The last one is empty and tells a decoder to end.
-            if packet.size:
-                yield packet
-    except (av.FFmpegError, OSError) as error:
-        damaged = getattr(error, "errno", None) not in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-        raise UnreadableClip(Reason.CORRUPT if damaged else Reason.READ_ERROR, f"{video}: {error}") from None
-
-
-def _duration(packet: av.packet.Packet, stream: av.video.stream.VideoStream) -> float:
-    if packet.duration and packet.time_base:
-        return float(packet.duration * packet.time_base)
-    fps = stream_fps(stream)
-    return 1.0 / fps if fps else 0.0
-
-
-def _shown_times(video: str, decoded: list[float]) -> list[float]:
-    """Times in the order of showing, from those in the order of decoding."""
-    order = sorted(range(len(decoded)), key=decoded.__getitem__)
-    for rank, position in enumerate(order):
-        if rank - position > _MOST_REORDERED_FRAMES:
-            raise UnreadableClip(
-                Reason.BAD_TIMESTAMPS,
-                f"{video} has a frame at {decoded[position]:.2f} s before {rank - position} earlier ones",
-            )
-    return [decoded[position] for position in order]
-
-
-def _write(video: str, stream: av.video.stream.VideoStream, packets: list[av.packet.Packet]) -> bytes:
-    """A Matroska file of these packets; its own timestamps do not matter, as its frames are counted."""
-    import av
-
-    target = io.BytesIO()
-    try:
-        _mux(stream, packets, target)
-    except (av.FFmpegError, ValueError) as error:
-        codec = stream.codec_context.codec.canonical_name
-        if codec in _TAG_AS_BT709:
-            raise UnreadableClip(Reason.CORRUPT, f"{video} has packets that no file can hold: {error}") from None
-        raise UnreadableClip(
-            Reason.UNSUPPORTED_CODEC, f"{video}: decord cannot be given {codec} ({error}); decoder=pyav reads it"
-        ) from None
-    return target.getvalue()
-
-
-def _mux(stream: av.video.stream.VideoStream, packets: list[av.packet.Packet], target: io.BytesIO) -> None:
-    import av
-    from av.bitstream import BitStreamFilterContext
-
-    codec = stream.codec_context
-    with av.open(target, "w", format="matroska") as container:
-        copy = container.add_stream_from_template(stream, opaque=True)
-        tag: BitStreamFilterContext | None = None
-        if int(codec.colorspace) == _UNSPECIFIED and codec.height >= _HD_LINES:
-            copy.codec_context.colorspace = _BT709
-            if codec.codec.canonical_name in _TAG_AS_BT709:
-                # Annex B streams (MPEG-TS) carry in every key frame what others have in their header.
-                in_header = not (codec.extradata or b"").startswith((b"\0\0\1", b"\0\0\0\1"))
-                filters = _TAG_AS_BT709[codec.codec.canonical_name]
-                tag = BitStreamFilterContext(filters, stream, copy if in_header else None)
-        # decord wants to know a rate, and a few packets do not tell.
-        copy.codec_context.framerate = stream.average_rate or Fraction(25)
-        for packet in packets:
-            for written in [packet] if tag is None else tag.filter(packet):
-                written.stream = copy
-                container.mux(written)
+    return top, left, height + 2 * top, width + 2 * left
 
 
 class _Reader:
-    """decord on a span, read forwards."""
+    """decord on a part of a span, read forwards."""
 
-    def __init__(self, video: str, span: _Span, height: int, width: int, num_threads: int) -> None:
+    def __init__(self, video: str, part: SpanPart, height: int, width: int, num_threads: int) -> None:
         self._decord = load_decord()
-        self._video, self._span = video, span
+        self._video, self._times = video, part.times
         self._next = 0
-        source = io.BytesIO(span.content)
-        if span.codec in _ONE_THREAD_CODECS:
-            num_threads = 1
+        source = io.BytesIO(part.content)
         try:
             # decord hands out the frame before in place of one that is damaged, unless told how many it may.
             self._reader = self._decord.VideoReader(
@@ -267,19 +98,26 @@ class _Reader:
         except (self._decord.DECORDError, RuntimeError) as error:
             raise self._damaged(error) from None
 
-    def frames(self, numbers: list[int]) -> Iterator[np.ndarray]:
-        """The span's frames of these ascending numbers, uint8 RGB (H, W, C); the last may come twice."""
-        frame_HWC: np.ndarray | None = None
+    def frames_at(self, moments: list[float]) -> Iterator[np.ndarray]:
+        """The frames shown at ascending moments, uint8 RGB (H, W, C); all of the part is decoded.
+
+        Raises:
+            UnreadableClip: decord finds damage, or fewer frames than the part has packets.
+        """
+        numbers = [max(bisect.bisect_right(self._times, moment + TIME_TOLERANCE_SECONDS) - 1, 0) for moment in moments]
+        last = len(self._times) - 1
         try:
             self._skip_to(numbers[0])
-            for number, following in itertools.pairwise([*numbers, numbers[-1]]):
-                if number >= self._next:
-                    frame = self._take()
-                    # At once: until told that it may skip them, decord converts the frames that come next.
-                    self._skip_to(following)
-                    frame_HWC = _unpadded(frame.asnumpy())
-                assert frame_HWC is not None
-                yield frame_HWC
+            for number, following in itertools.pairwise([*dict.fromkeys(numbers), last]):
+                frame = self._take()
+                # At once: until told that it may skip them, decord converts the frames that come next.
+                self._skip_to(following)
+                frame_HWC = _unpadded(frame.asnumpy())
+                for _ in range(numbers.count(number)):
+                    yield frame_HWC
+            # A packet without a picture would shift all frames after it: then there are too few.
+            if self._next == last:
+                self._take()
         except (self._decord.DECORDError, self._decord.DECORDLimitReachedError, StopIteration) as error:
             raise self._damaged(error) from None
 
@@ -306,7 +144,9 @@ class _Reader:
     def _damaged(self, error: Exception) -> UnreadableClip:
         message = (str(error).strip().splitlines() or ["its frames end early"])[0]
         return UnreadableClip(
-            Reason.CORRUPT, f"{self._video} after {self._span.times[max(self._next - 1, 0)]:.2f} s: decord: {message}"
+            Reason.CORRUPT,
+            f"{self._video} after {self._times[max(self._next - 1, 0)]:.2f} s: decord: {message} "
+            "(decoder=pyav reads some clips that decord takes for damaged)",
         )
 
 

@@ -14,6 +14,7 @@ from exvideo_train.clips.container import Reason, UnreadableClip
 from exvideo_train.clips.decord_frames import iter_frames as iter_decord_frames
 from exvideo_train.clips.pyav_frames import iter_frames as iter_pyav_frames
 from exvideo_train.clips.record import ClipRecord
+from exvideo_train.clips.span_packets import NotForDecord
 from exvideo_train.clips.timing import TIME_TOLERANCE_SECONDS
 from exvideo_train.geometry import Geometry
 
@@ -21,7 +22,27 @@ if TYPE_CHECKING:
     import torch
 
 
-def read_frames(record: ClipRecord, geometry: Geometry, num_threads: int = 0, decoder: str = "pyav") -> torch.Tensor:
+def read_clip(
+    record: ClipRecord, geometry: Geometry, num_threads: int = 0, decoder: str = "decord"
+) -> tuple[torch.Tensor, str | None]:
+    """:func:`read_frames`, by PyAV where decord cannot be given a clip. What decord finds damaged stays unread.
+
+    Returns:
+        (the frames, why decord could not be given the clip, as a word of `Reason`, or None).
+
+    Raises:
+        UnreadableClip: the clip cannot give these frames.
+    """
+    refusal: str | None = None
+    if decoder == "decord":
+        try:
+            return read_frames(record, geometry, num_threads, "decord"), None
+        except NotForDecord as error:
+            refusal = error.reason
+    return read_frames(record, geometry, num_threads, "pyav"), refusal
+
+
+def read_frames(record: ClipRecord, geometry: Geometry, num_threads: int = 0, decoder: str = "decord") -> torch.Tensor:
     """The clip's first ``geometry.num_frames`` frames from the span's start on, at ``geometry.fps``.
 
     A record's own `sampling_fps`, when it has one, takes the place of the geometry's.
@@ -33,7 +54,7 @@ def read_frames(record: ClipRecord, geometry: Geometry, num_threads: int = 0, de
         record: the clip; `start_seconds` counts from the video's first frame.
         geometry: frames, size and rate.
         num_threads: decoder threads, 0 for one a core.
-        decoder: ``pyav`` or ``decord``; both give the same moments, decord with swscale's plain resize.
+        decoder: ``decord`` or ``pyav``; both give the same moments, decord with swscale's plain resize.
 
     Returns:
         uint8 RGB, shape (F, H, W, C) of exactly the geometry's size.

@@ -20,8 +20,8 @@ class EncodeEngine(Enum):
 class Decoder(Enum):
     """What decodes clips."""
 
-    pyav = "pyav"
     decord = "decord"
+    pyav = "pyav"
 
 
 @dataclass
@@ -32,8 +32,9 @@ class EncodeLatents(Experiment):
     """Latent store to write or continue. Several geometries of one model share a store."""
     engine: EncodeEngine = EncodeEngine.local
     """local takes every GPU of this machine, or of all machines under accelerate launch; ray runs on a Ray cluster."""
-    decoder: Decoder = Decoder.pyav
-    """pyav is faster and rounds colours exactly; decord gives the same moments. A store's clips are all of one."""
+    decoder: Decoder = Decoder.decord
+    """decord, with PyAV for clips that decord cannot be given; or pyav alone, faster and with more exact colours. The
+    moments are the same; a store keeps to one."""
     encoder_dtype: Dtype = Dtype.bf16
     """Number format of T5 and the VAE while encoding. fp32 is for tests on a CPU."""
     tiling: bool = False

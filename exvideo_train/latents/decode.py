@@ -39,12 +39,17 @@ class Failure:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A clip's frames, uint8 (F, H, W, C), or the failure."""
+    """A clip's frames, uint8 (F, H, W, C), or the failure.
+
+    Attributes:
+        decord_refusal: why PyAV read the clip although decord was to, None if it did not.
+    """
 
     record: ClipRecord
     frames_FHWC: Tensor | None
     failure: Failure | None
     seconds: float
+    decord_refusal: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,13 @@ class DecodeOptions:
     Attributes:
         timeout_seconds: wall-clock time a clip may take before its worker is killed.
         recycle_after: clips after which a worker is replaced, so that a decoder's leaks cannot grow.
-        decoder: ``pyav`` or ``decord``.
+        decoder: ``decord``, with PyAV for what it cannot be given, or ``pyav``.
     """
 
     geometry: Geometry
     timeout_seconds: float
     recycle_after: int
-    decoder: str = "pyav"
+    decoder: str = "decord"
 
 
 def exit_with_parent() -> None:
@@ -84,7 +89,7 @@ def _serve(connection: Connection, geometry: Geometry, decoder: str) -> None:
 
     from exvideo_train.clips.container import UnreadableClip
     from exvideo_train.clips.decord_frames import load_decord
-    from exvideo_train.clips.reader import read_frames
+    from exvideo_train.clips.reader import read_clip
 
     if decoder == "decord":
         load_decord()
@@ -95,14 +100,14 @@ def _serve(connection: Connection, geometry: Geometry, decoder: str) -> None:
         except EOFError:
             return
         try:
-            frames_FHWC = read_frames(record, geometry, num_threads=1, decoder=decoder)
+            frames_FHWC, decord_refusal = read_clip(record, geometry, num_threads=1, decoder=decoder)
         except UnreadableClip as error:
             connection.send(Failure(error.reason, error.detail))
         # Any error that reading one clip raises is that clip's failure and ends up in the report.
         except Exception as error:  # noqa: BLE001
             connection.send(Failure("decoder_error", f"{type(error).__name__}: {error}"))
         else:
-            connection.send(None)
+            connection.send(decord_refusal)
             connection.send_bytes(frames_FHWC.numpy().data.cast("B"))
 
 
@@ -118,13 +123,12 @@ class DecodeWorker:
     def decode(self, record: ClipRecord) -> Decoded:
         """Frames of one clip, or why not; never raises for what a clip does."""
         began = time.monotonic()
-        failure: Failure | None = None
         for _ in range(ATTEMPTS_AFTER_DEATH):
             self._ensure_started()
-            frames_FHWC, failure = self._attempt(record)
-            if failure is None or failure.reason != "worker_died":
-                return Decoded(record, frames_FHWC, failure, time.monotonic() - began)
-        return Decoded(record, None, failure, time.monotonic() - began)
+            decoded = self._attempt(record, began)
+            if decoded.failure is None or decoded.failure.reason != "worker_died":
+                break
+        return decoded
 
     def _ensure_started(self) -> None:
         if self._process is not None and self._num_served >= self.options.recycle_after:
@@ -153,8 +157,11 @@ class DecodeWorker:
             return False
         return True
 
-    def _attempt(self, record: ClipRecord) -> tuple[Tensor | None, Failure | None]:
+    def _attempt(self, record: ClipRecord, began: float) -> Decoded:
         import torch
+
+        def failed(failure: Failure) -> Decoded:
+            return Decoded(record, None, failure, time.monotonic() - began)
 
         assert self._connection is not None
         geometry = self.options.geometry
@@ -162,18 +169,18 @@ class DecodeWorker:
         try:
             with deadline:
                 self._connection.send(record)
-                failure: Failure | None = self._connection.recv()
+                answer: Failure | str | None = self._connection.recv()
                 self._num_served += 1
-                if failure is not None:
-                    return None, failure
+                if isinstance(answer, Failure):
+                    return failed(answer)
                 frames_FHWC = torch.empty((geometry.num_frames, geometry.height, geometry.width, 3), dtype=torch.uint8)
                 self._connection.recv_bytes_into(frames_FHWC.numpy().data.cast("B"))
-                return frames_FHWC, None
+                return Decoded(record, frames_FHWC, None, time.monotonic() - began, decord_refusal=answer)
         except (EOFError, OSError):
             code = self.close()
             if deadline.expired:
-                return None, Failure("timeout", f"decoding took longer than {self.options.timeout_seconds:g} s")
-            return None, Failure("worker_died", f"the decoder killed its process (exit code {code})")
+                return failed(Failure("timeout", f"decoding took longer than {self.options.timeout_seconds:g} s"))
+            return failed(Failure("worker_died", f"the decoder killed its process (exit code {code})"))
 
     def close(self) -> int | None:
         """End the process; returns its exit code."""

@@ -242,7 +242,8 @@ def _finish(
         quarantined.update(entry.reason for entry in quarantine if entry.clip_id in pending)
         encoded = sum(clip_id in entries and entries[clip_id].is_of(record) for clip_id, record in pending.items())
         cut_captions = sorted(clip_id for clip_id, entry in entries.items() if entry.num_tokens_cut)
-        report = make_report(plan, totals, encoded, quarantined, wall_seconds, missing, cut_captions)
+        refused = {clip_id: entry.decord_refusal for clip_id, entry in entries.items() if entry.decord_refusal}
+        report = make_report(plan, totals, encoded, quarantined, wall_seconds, missing, cut_captions, refused)
         WorkList(store.path).remove()
         print(report.describe(), flush=True)
         path = write_report(report, quarantine)

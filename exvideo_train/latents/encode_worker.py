@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from exvideo_train.latents.clip_file import CorruptLatent
 from exvideo_train.latents.decode import Decoded, DecodePool, Failure, exit_with_parent
 from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.settings import EncodeSettings
-from exvideo_train.latents.store import LatentStore
+from exvideo_train.latents.store import IndexEntry, LatentStore
 from exvideo_train.latents.work import Heartbeat, WorkList
 
 if TYPE_CHECKING:
@@ -196,23 +197,18 @@ class EncodeLoop:
         if failure is not None:
             self._settle_failure(record, failure)
             return
-        num_tokens_cut = encoder.num_tokens_cut(record.caption)
-        writes.append((record, writer.submit(self._write, record, moments_CTHW, text_LC, num_tokens_cut)))
-
-    def _write(
-        self, record: ClipRecord, moments_CTHW: Tensor, text_LC: Tensor, num_tokens_cut: int
-    ) -> tuple[int, float]:
-        began = time.monotonic()
-        entry = self.store.write_clip(
+        write = partial(
+            self.store.write_clip,
             record.clip_id,
             self.settings.geometry,
             moments_CTHW,
             text_LC,
             record.caption,
             sampling_fps=record.sampling_fps,
-            num_tokens_cut=num_tokens_cut,
+            num_tokens_cut=encoder.num_tokens_cut(record.caption),
+            decord_refusal=decoded.decord_refusal,
         )
-        return entry.num_bytes, time.monotonic() - began
+        writes.append((record, writer.submit(_timed, write)))
 
     def _settle_write(self, record: ClipRecord, write: Future[tuple[int, float]]) -> None:
         num_bytes, seconds = write.result()
@@ -233,6 +229,12 @@ class EncodeLoop:
             del self._open_clips[block]
             self.work.finish(block)
         self.report(("settled", record.clip_id, self.totals))
+
+
+def _timed(write: Callable[[], IndexEntry]) -> tuple[int, float]:
+    """Bytes written, and seconds."""
+    began = time.monotonic()
+    return write().num_bytes, time.monotonic() - began
 
 
 def is_settled(store: LatentStore, quarantine: Quarantine, record: ClipRecord) -> bool:

@@ -22,7 +22,8 @@ COMPONENTS = ("vae", "text_encoder", "tokenizer")
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt")
 # Raise it whenever clips.reader would give other pixels for the same clip: sampling moments, resize, crop.
 FRAME_RULE_VERSION = 1
-DEFAULT_DECODER = "pyav"
+# Stores made before decoders could be chosen name none, and remain valid.
+_UNNAMED_DECODER = "pyav"
 PUBLISHED_TEXT_LENGTH = 226
 
 _REMEDIES = {
@@ -74,8 +75,7 @@ class Fingerprint:
 
     def to_json(self) -> dict[str, Any]:
         content = asdict(self)
-        # Stores made before decoders could be chosen are PyAV's, and remain valid.
-        if self.decoder == DEFAULT_DECODER:
+        if self.decoder == _UNNAMED_DECODER:
             del content["decoder"]
         return content
 
@@ -86,7 +86,7 @@ class Fingerprint:
         Raises:
             UserError: fields are missing or unknown.
         """
-        content = {"decoder": DEFAULT_DECODER, **content}
+        content = {"decoder": _UNNAMED_DECODER, **content}
         known = {f.name for f in fields(cls)}
         if set(content) != known:
             odd = sorted(set(content) ^ known)
@@ -126,7 +126,7 @@ def model_fingerprint(
     Args:
         model_path: local folder in the published layout; a component that is absent is left unknown.
         geometry: frames, size and rate of the samples.
-        decoder: ``pyav`` or ``decord``, as of :func:`~exvideo_train.clips.reader.read_frames`; None leaves it open.
+        decoder: ``decord`` or ``pyav``, as of :func:`~exvideo_train.clips.reader.read_frames`; None leaves it open.
         vae_dtype, text_dtype: number formats of the encoders; None leaves them open.
         tiling: whether the VAE encodes in tiles; None leaves it open.
         text_length: tokens a caption; None takes the transformer config's ``max_text_seq_length``.

@@ -41,7 +41,7 @@ class DecodeActor:
         self._worker = DecodeWorker(settings.decode_options)
 
     def __call__(self, row: Row) -> Row:
-        """Adds ``frames`` (empty if there is a ``reason``), ``reason``, ``detail`` and ``decode_seconds``."""
+        """Adds ``frames`` (empty if there is a ``reason``) and the other fields of `Decoded`, the failure in two."""
         decoded = self._worker.decode(_record(row))
         failure = decoded.failure or Failure("", "")
         frames = b"" if decoded.frames_FHWC is None else decoded.frames_FHWC.numpy().tobytes()
@@ -51,6 +51,7 @@ class DecodeActor:
             "frames": frames,
             "reason": failure.reason,
             "detail": failure.detail,
+            "decord_refusal": decoded.decord_refusal or "",
             "decode_seconds": decoded.seconds,
         }
 
@@ -122,6 +123,7 @@ class EncodeActor:
                 record.caption,
                 sampling_fps=record.sampling_fps,
                 num_tokens_cut=self._encoder.num_tokens_cut(record.caption),
+                decord_refusal=row["decord_refusal"] or None,
             )
             outcome["num_bytes"] = entry.num_bytes
         return failure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Report:
         wait_share: of the encoders' time without a decoded clip.
         cut_captions: ids of the clips of this geometry in the store whose captions are longer than T5 reads.
         projected_seconds: for the remaining clips; None when nothing was encoded.
+        refused_by_decord: why PyAV decoded a clip in decord's place, by clip id, of this geometry in the store.
     """
 
     encoded: int
@@ -50,6 +51,7 @@ class Report:
     missing_reports: list[int] = field(default_factory=list)
     num_cut_captions: int = 0
     cut_captions: list[str] = field(default_factory=list)
+    refused_by_decord: dict[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:
         """The report as a few lines."""
@@ -71,6 +73,12 @@ class Report:
         ]
         if self.remaining and self.projected_seconds is not None:
             lines.append(f"projected    {_duration(self.projected_seconds)} for the remaining clips")
+        if self.refused_by_decord:
+            counts = sorted(Counter(self.refused_by_decord.values()).items())
+            lines.append(
+                f"by PyAV      {len(self.refused_by_decord)} clips in the store that decord cannot be given "
+                f"({', '.join(f'{reason} {count}' for reason, count in counts)}), as refused_by_decord in the report"
+            )
         if self.num_cut_captions:
             lines.append(
                 f"warning: {self.num_cut_captions} captions are longer than the text encoder reads: their ends are "
@@ -97,6 +105,7 @@ def make_report(
     wall_seconds: float,
     missing_reports: list[int],
     cut_captions: Sequence[str] = (),
+    refused_by_decord: Mapping[str, str] | None = None,
 ) -> Report:
     """Put a run's figures together.
 
@@ -107,6 +116,7 @@ def make_report(
         quarantined: of all the manifest's clips, by reason.
         missing_reports: ranks that gave no totals.
         cut_captions: ids of the store's clips with captions that the text encoder has cut.
+        refused_by_decord: why, by clip id, of the store's clips that PyAV decoded in decord's place.
     """
     each = list(totals)
 
@@ -138,6 +148,7 @@ def make_report(
         missing_reports=missing_reports,
         num_cut_captions=len(cut_captions),
         cut_captions=list(cut_captions),
+        refused_by_decord=dict(sorted((refused_by_decord or {}).items())),
     )
 
 

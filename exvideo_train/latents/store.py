@@ -67,6 +67,7 @@ class IndexEntry:
         caption_sha256: of its caption, short.
         sampling_fps: the clip's own rate, None for the geometry's.
         num_tokens_cut: tokens at the caption's end that the text encoder has not read, None for none.
+        decord_refusal: why PyAV decoded the clip although its fingerprint's decoder is decord, None if it did not.
     """
 
     geometry: str
@@ -76,6 +77,7 @@ class IndexEntry:
     caption_sha256: str
     sampling_fps: float | None = None
     num_tokens_cut: int | None = None
+    decord_refusal: str | None = None
 
     def is_of(self, record: ClipRecord) -> bool:
         """Whether the file holds the record as it is now. Its id covers video and span; the rest may change."""
@@ -201,12 +203,15 @@ class LatentStore:
         *,
         sampling_fps: float | None = None,
         num_tokens_cut: int = 0,
+        decord_refusal: str | None = None,
     ) -> IndexEntry:
         """Write one clip whole or not at all and return its index entry.
 
         Args:
             sampling_fps: the clip's own rate; None when it was sampled at the geometry's.
             num_tokens_cut: tokens at the caption's end that are not in ``text_LC``.
+            decord_refusal: why PyAV decoded the clip in decord's place, a word of
+                :class:`~exvideo_train.clips.container.Reason`; None if it did not.
 
         Raises:
             UserError: the disk is full or not writable.
@@ -222,6 +227,8 @@ class LatentStore:
             content["sampling_fps"] = sampling_fps
         if num_tokens_cut:
             content["num_tokens_cut"] = num_tokens_cut
+        if decord_refusal is not None:
+            content["decord_refusal"] = decord_refusal
         data, sha256 = encode_latent_file(tensors, content)
         atomic_write_bytes(self.clip_path(clip_id, geometry), data)
         return _index_entry({**content, "sha256": sha256}, len(data))
@@ -347,4 +354,5 @@ def _index_entry(content: dict[str, Any], num_bytes: int) -> IndexEntry:
         caption_sha256=caption_digest(content["caption"]),
         sampling_fps=content.get("sampling_fps"),
         num_tokens_cut=content.get("num_tokens_cut"),
+        decord_refusal=content.get("decord_refusal"),
     )

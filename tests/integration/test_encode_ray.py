@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 from support import encoders
-from support.videos import clip_of
+from support.videos import clip_of, make_video
 
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents import ray_engine
@@ -32,7 +32,7 @@ def settings(tmp_path):
         height=64,
         width=96,
         fps=25.0,
-        decoder="pyav",
+        decoder="decord",
     )
     store = LatentStore.create(tmp_path / "store", scaling_factor=0.7)
     store.add_geometry(fingerprint)
@@ -53,7 +53,7 @@ def settings(tmp_path):
     )
 
 
-def test_encoders_that_die_or_hang_cost_their_clip_alone(settings, clip_path, monkeypatch):
+def test_encoders_that_die_or_hang_cost_their_clip_alone(settings, clip_path, monkeypatch, tmp_path):
     from ray import cloudpickle
 
     # The cluster's processes do not find the tests' modules by name.
@@ -61,15 +61,18 @@ def test_encoders_that_die_or_hang_cost_their_clip_alone(settings, clip_path, mo
     monkeypatch.setattr(ray_engine, "EncodeActor", encoders.ObedientActor)
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
     records = [clip_of(clip_path, 0.4 * number, None, caption) for number, caption in enumerate(CAPTIONS)]
+    records.append(clip_of(make_video(tmp_path / "old.wmv", codec="wmv2", frames=30), caption="for PyAV"))
     settled = []
     engine = RayEngine(settings, records, settled.append)
     engine.run()
 
     captions = {record.clip_id: record.caption for record in records}
-    assert Counter(captions[clip_id] for clip_id in settled) == Counter(CAPTIONS)
+    assert Counter(captions[clip_id] for clip_id in settled) == Counter([*CAPTIONS, "for PyAV"])
     store = LatentStore.open(settings.store_path)
     stored = Counter(captions[clip_id] for clip_id in store.clip_ids_on_disk(GEOMETRY))
-    assert stored == Counter({"shared": 4, "alone": 1, "dies once": 1})
+    assert stored == Counter({"shared": 4, "alone": 1, "dies once": 1, "for PyAV": 1})
+    refusals = {store.read_entry(record.clip_id, GEOMETRY).decord_refusal for record in records[:1] + records[-1:]}
+    assert refusals == {None, "unsupported_codec"}
     left_out = {captions[entry.clip_id]: entry for entry in Quarantine(store.path, GEOMETRY)}
     assert {caption: entry.reason for caption, entry in left_out.items()} == dict.fromkeys(
         ("dies", "hangs"), "encoder_died"
@@ -78,5 +81,5 @@ def test_encoders_that_die_or_hang_cost_their_clip_alone(settings, clip_path, mo
     encoded = Counter((store.path / "reports" / "encoded_captions").read_text().splitlines())
     assert encoded["shared"] == encoded["alone"] == 1
     assert encoded["dies once"] == encoded["dies"] == encoded["hangs"] == 2
-    assert sum(totals.num_encoded for totals in engine.totals) == 6
+    assert sum(totals.num_encoded for totals in engine.totals) == 7
     assert not (store.path / "reports" / "captions").exists()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 
 import av
 import numpy as np
 import pytest
+import torch
 from support.videos import read_numbers, shown_at
 
 from exvideo_train.clips.container import UnreadableClip
-from exvideo_train.clips.reader import read_frames
+from exvideo_train.clips.reader import read_clip, read_frames
+from exvideo_train.clips.span_packets import copy_span
 from exvideo_train.geometry import Geometry
 
 SMALL = Geometry(num_frames=17, height=96, width=128, fps=8)
@@ -39,16 +42,19 @@ def test_decord_refuses_packets_that_show_nothing(video, clip, tmp_path):
     options = {"x264-params": "intra-refresh=1:keyint=2:bframes=0"}
     path = video(tmp_path / "refreshed.mp4", options=options)
     expected = shown_at([index / 25 for index in range(150)], [1.0 + index / 8 + 0.0015 for index in range(17)])
-    assert read_numbers(read_frames(clip(path, 1.0), SMALL)) == expected
+    assert read_numbers(read_frames(clip(path, 1.0), SMALL, decoder="pyav")) == expected
     with pytest.raises(UnreadableClip) as caught:
         read_frames(clip(path, 1.0), SMALL, decoder="decord")
     assert caught.value.reason == "corrupt"
 
 
-def test_decord_names_codecs_that_it_cannot_be_given(video, clip, tmp_path):
+def test_pyav_reads_codecs_that_decord_cannot_be_given(video, clip, tmp_path):
     path = video(tmp_path / "old.wmv", codec="wmv2")
-    assert read_frames(clip(path), SMALL).shape[0] == 17
-    with pytest.raises(UnreadableClip, match=r"wmv2.*decoder=pyav reads it") as caught:
+    frames_FHWC, refusal = read_clip(clip(path), SMALL)
+    assert refusal == "unsupported_codec"
+    assert torch.equal(frames_FHWC, read_frames(clip(path), SMALL, decoder="pyav"))
+    assert read_clip(clip(path), SMALL, decoder="pyav")[1] is None
+    with pytest.raises(UnreadableClip, match="decord cannot be given wmv2") as caught:
         read_frames(clip(path), SMALL, decoder="decord")
     assert caught.value.reason == "unsupported_codec"
 
@@ -59,3 +65,32 @@ def test_narrow_pictures_keep_their_three_channels(width, video, clip, read, tmp
     frames_FHWC = read(clip(path), Geometry(17, 48, width, 8))
     assert read_numbers(frames_FHWC) == [int(index * 3.125) for index in range(17)]
     assert frames_FHWC.float().std(dim=3).max() < 3
+
+
+@pytest.mark.parametrize(("codec", "name"), [("libvpx-vp9", "clock.webm"), ("libsvtav1", "clock.mp4")])
+def test_groups_of_pictures_are_decoded_side_by_side(codec, name, video, clip, tmp_path):
+    """decord decodes VP9 on one thread alone; the frames are the same."""
+    path = video(tmp_path / name, codec=codec, frames=100, gop=20)
+    span = copy_span(str(path), 1.0, 3.0, max_parts=2)
+    assert [len(part.times) for part in span.parts] == [40, 17]
+    frames_FHWC = read_frames(clip(path, 1.0), SMALL, num_threads=2, decoder="decord")
+    assert read_numbers(frames_FHWC) == [25 + int(index * 3.125 + 0.01) for index in range(17)]
+    assert torch.equal(frames_FHWC, read_frames(clip(path, 1.0), SMALL, num_threads=1, decoder="decord"))
+
+
+def test_damage_in_any_group_of_pictures_is_found(video, clip, tmp_path):
+    path = video(tmp_path / "whole.webm", codec="libvpx-vp9", frames=100, gop=20)
+    damaged = tmp_path / "damaged.webm"
+    with av.open(str(path)) as source, av.open(str(damaged), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0], opaque=True)
+        for number, packet in enumerate(entry for entry in source.demux(video=0) if entry.size):
+            written = av.Packet(bytes(packet.size)) if number == 48 else packet
+            written.pts, written.dts, written.time_base = packet.pts, packet.dts, packet.time_base
+            written.stream = stream
+            target.mux(written)
+    assert len(copy_span(str(damaged), 0.0, 3.9, max_parts=4).parts) > 2
+    assert read_frames(clip(path), SMALL, num_threads=4, decoder="decord").shape[0] == 17
+    for read in (partial(read_frames, decoder="decord"), read_clip):
+        with pytest.raises(UnreadableClip, match="decord") as caught:
+            read(clip(damaged), SMALL, num_threads=4)
+        assert caught.value.reason == "corrupt"

@@ -68,9 +68,9 @@ def test_dying_decoder_gets_a_second_chance(worker, tmp_path, monkeypatch, num_d
     attempts = []
     attempt = worker._attempt
 
-    def noted(record):
+    def noted(*arguments):
         attempts.append(worker._process.pid)
-        return attempt(record)
+        return attempt(*arguments)
 
     monkeypatch.setattr(worker, "_attempt", noted)
 
