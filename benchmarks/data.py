@@ -5,7 +5,8 @@
     python benchmarks/data.py --only reader       or encoder, or manifest
 
 Reader: ours and the scripts of bare_readers.py take turns on the same clips, each in a process of its own; each gives
-uint8 frames (129, 480, 720, 3), centre-cropped. Ours is measured with decord, the default, and with PyAV; torchcodec where installed.
+uint8 frames (129, 480, 720, 3), centre-cropped. Ours is measured with decord, its default, and with PyAV; torchcodec
+where it is installed.
 Encoder: the share of its time that it waits for frames, while encode_latents.py encodes spans of a ten-minute video
 with a VAE of the published size; full-size frames on a GPU. A CPU decodes as many seconds, its VAE gets small frames.
 Manifest: Panda-70M metadata of --rows source videos, 19 of 20 of them downloaded, without probing.

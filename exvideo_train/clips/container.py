@@ -252,10 +252,10 @@ def shown_size(frame: av.video.frame.VideoFrame, pixel_aspect: float) -> tuple[i
     return (width, height) if quarter_turn(frame.rotation) in (90, 270) else (height, width)
 
 
-def first_shown_size(
+def first_frame(
     video: str, container: av.container.InputContainer, stream: av.video.stream.VideoStream
-) -> tuple[int, int]:
-    """Height and width as shown of the next frame of a container just opened.
+) -> av.video.frame.VideoFrame:
+    """The next frame of a container just opened.
 
     Raises:
         UnreadableClip: the frame cannot be decoded, or there is none.
@@ -269,7 +269,7 @@ def first_shown_size(
         raise UnreadableClip(Reason.CORRUPT, f"{video}: first frame: {error}") from None
     if frame is None:
         raise UnreadableClip(Reason.TRUNCATED, f"{video} holds no frame")
-    return shown_size(frame, float(stream.sample_aspect_ratio or 1))
+    return frame
 
 
 def probe_video(video: str) -> VideoInfo:
@@ -281,7 +281,7 @@ def probe_video(video: str) -> VideoInfo:
     with open_video(video) as (container, stream):
         fps, codec = stream_fps(stream), stream.codec_context.name
         duration = stream_duration(container, stream)
-        height, width = first_shown_size(video, container, stream)
+        height, width = shown_size(first_frame(video, container, stream), float(stream.sample_aspect_ratio or 1))
     return VideoInfo(fps, width, height, duration, codec)
 
 

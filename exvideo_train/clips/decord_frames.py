@@ -1,4 +1,4 @@
-"""Frames decoded by decord: the same moments as PyAV's, with decord's own conversion and resize.
+"""Frames decoded by decord: the same moments as PyAV's, with decord's own conversion of colours.
 
 decord is given the packets of the span alone, copied by PyAV from the key frame before it on, and reads them from the
 first to the last. Given the whole file it would index all of it first, and then count frames in the order of their
@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from exvideo_train.clips.container import Reason, UnreadableClip, first_shown_size
+from exvideo_train.clips.container import Reason, UnreadableClip, first_frame, quarter_turn
+from exvideo_train.clips.resize import crop_and_resize
 from exvideo_train.clips.span_packets import SpanPart, copy_span
 from exvideo_train.clips.timing import TIME_TOLERANCE_SECONDS, why_ended
 
@@ -51,13 +52,15 @@ def iter_frames(
         num_threads = 1
     elif len(span.parts) > 1:
         num_threads = max(1, most_threads // len(span.parts))
-    top, left, decoded_height, decoded_width = _cover(video, span.parts[0], height, width)
+    pixel_aspect = _pixel_aspect(video, span.parts[0])
 
     def read(number: int, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        part = span.parts[number]
-        reader = _Reader(video, part, decoded_height, decoded_width, num_threads)
-        for index, frame_HWC in zip(indices, reader.frames_at([moments[index] for index in indices]), strict=True):
-            yield index, frame_HWC[top : top + height, left : left + width]
+        reader = _Reader(video, span.parts[number], num_threads)
+        left = iter(indices)
+        for frame_HWC, num_moments in reader.frames_at([moments[index] for index in indices]):
+            resized_HWC = crop_and_resize(frame_HWC, height, width, pixel_aspect)
+            for index in itertools.islice(left, num_moments):
+                yield index, resized_HWC
 
     work = [(number, list(indices)) for number, indices in itertools.groupby(range(len(moments)), part_of.__getitem__)]
     if len(work) == 1:
@@ -68,38 +71,40 @@ def iter_frames(
             yield from frames
 
 
-def _cover(video: str, part: SpanPart, height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width): where the target lies in the smallest picture that covers it, and that one's size."""
+def _pixel_aspect(video: str, part: SpanPart) -> float:
+    """Width over height of the pixels of upright frames, as of the part's first: videos are joined from unlike ones."""
     import av
 
-    # Of the span's own first frame: videos are joined from unlike ones.
     with av.open(io.BytesIO(part.content), "r") as container:
-        shown_height, shown_width = first_shown_size(video, container, container.streams.video[0])
-    scale = max(height / shown_height, width / shown_width)
-    # The same number of rows or columns is cut off at either side: half a pixel more or less would shift the picture.
-    top, left = max(0, round((shown_height * scale - height) / 2)), max(0, round((shown_width * scale - width) / 2))
-    return top, left, height + 2 * top, width + 2 * left
+        stream = container.streams.video[0]
+        aspect = float(stream.sample_aspect_ratio or 1)
+        turn = quarter_turn(first_frame(video, container, stream).rotation)
+    return 1 / aspect if turn in (90, 270) else aspect
 
 
 class _Reader:
     """decord on a part of a span, read forwards."""
 
-    def __init__(self, video: str, part: SpanPart, height: int, width: int, num_threads: int) -> None:
+    def __init__(self, video: str, part: SpanPart, num_threads: int) -> None:
         self._decord = load_decord()
         self._video, self._times = video, part.times
         self._next = 0
         source = io.BytesIO(part.content)
         try:
             # decord hands out the frame before in place of one that is damaged, unless told how many it may.
-            self._reader = self._decord.VideoReader(
-                source, width=width, height=height, num_threads=num_threads, fault_tol=1e-9
-            )
+            self._reader = self._decord.VideoReader(source, num_threads=num_threads, fault_tol=1e-9)
             self._key_frames: list[int] = self._reader.get_key_indices()
         except (self._decord.DECORDError, RuntimeError) as error:
             raise self._damaged(error) from None
 
-    def frames_at(self, moments: list[float]) -> Iterator[np.ndarray]:
-        """The frames shown at ascending moments, uint8 RGB (H, W, C); all of the part is decoded.
+    def frames_at(self, moments: list[float]) -> Iterator[tuple[np.ndarray, int]]:
+        """The frames shown at ascending moments; all of the part is decoded.
+
+        They come at full size: decord converts frames that nobody wants, until it is told not to, and at full size
+        that costs a sixth of what its resize does.
+
+        Yields:
+            (uint8 RGB frame of shape (H, W, C), at how many of the moments it is shown).
 
         Raises:
             UnreadableClip: decord finds damage, or fewer frames than the part has packets.
@@ -112,9 +117,7 @@ class _Reader:
                 frame = self._take()
                 # At once: until told that it may skip them, decord converts the frames that come next.
                 self._skip_to(following)
-                frame_HWC = _unpadded(frame.asnumpy())
-                for _ in range(numbers.count(number)):
-                    yield frame_HWC
+                yield _unpadded(frame.asnumpy()), numbers.count(number)
             # A packet without a picture would shift all frames after it: then there are too few.
             if self._next == last:
                 self._take()

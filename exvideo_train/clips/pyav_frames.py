@@ -21,6 +21,7 @@ from exvideo_train.clips.container import (
     stream_duration,
     stream_fps,
 )
+from exvideo_train.clips.resize import crop_size
 from exvideo_train.clips.timing import (
     SEEK_BACK_SECONDS,
     TIME_TOLERANCE_SECONDS,
@@ -191,8 +192,7 @@ def _last_duration(frame: av.video.frame.VideoFrame, stream: av.video.stream.Vid
 class _Scaler:
     """Upright, centre-cropped, antialiased RGB of a fixed size, one frame at a time.
 
-    The crop comes before the resize: the same picture for fewer pixels of work. swscale's bicubic widens its filter
-    when it shrinks, which is what antialiasing means.
+    swscale's bicubic widens its filter when it shrinks, which is what antialiasing means.
     """
 
     def __init__(self, height: int, width: int, num_threads: int, crop: bool = True) -> None:
@@ -228,7 +228,7 @@ class _Scaler:
         height, width = (self._width, self._height) if sideways else (self._height, self._width)
         crop_height, crop_width = frame.height, frame.width
         if self._crop:
-            crop_height, crop_width = _crop_size(frame, height, width, self._pixel_aspect)
+            crop_height, crop_width = crop_size(frame.height, frame.width, height, width, self._pixel_aspect)
         graph = av.filter.Graph()
         graph.threads = self._threads
         graph.link_nodes(
@@ -252,11 +252,3 @@ class _Scaler:
 def _matrix(frame: av.video.frame.VideoFrame) -> str:
     """The frame's own YUV matrix; untagged video of 720 lines and more is BT.709, as players take it to be."""
     return "bt709" if int(frame.colorspace) == _UNSPECIFIED and frame.height >= 720 else "auto"
-
-
-def _crop_size(frame: av.video.frame.VideoFrame, height: int, width: int, pixel_aspect: float) -> tuple[int, int]:
-    """Largest height and width inside the stored frame that have the target's aspect in square pixels."""
-    target = width / height / pixel_aspect
-    if frame.width > frame.height * target:
-        return frame.height, max(2, round(frame.height * target))
-    return max(2, round(frame.width / target)), frame.width

@@ -54,7 +54,7 @@ def read_frames(record: ClipRecord, geometry: Geometry, num_threads: int = 0, de
         record: the clip; `start_seconds` counts from the video's first frame.
         geometry: frames, size and rate.
         num_threads: decoder threads, 0 for one a core.
-        decoder: ``decord`` or ``pyav``; both give the same moments, decord with swscale's plain resize.
+        decoder: ``decord`` or ``pyav``; both give the same moments.
 
     Returns:
         uint8 RGB, shape (F, H, W, C) of exactly the geometry's size.

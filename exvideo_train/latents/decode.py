@@ -85,12 +85,13 @@ def _serve(connection: Connection, geometry: Geometry, decoder: str) -> None:
     exit_with_parent()
     # Before the first clip's time begins to run: on a busy machine these take longer than a clip.
     import av  # noqa: F401
-    import torch  # noqa: F401
+    import torch
 
     from exvideo_train.clips.container import UnreadableClip
     from exvideo_train.clips.decord_frames import load_decord
     from exvideo_train.clips.reader import read_clip
 
+    torch.set_num_threads(1)
     if decoder == "decord":
         load_decord()
     connection.send("ready")
