@@ -63,6 +63,8 @@ class Reason(str, Enum):
         return self.value
 
 
+_HD_LINES = 720
+_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 # What another attempt may not meet again: journals do not note these.
 PASSING_REASONS = frozenset(map(str, (Reason.TIMEOUT, Reason.WORKER_DIED, Reason.READ_ERROR)))
 
@@ -266,9 +268,11 @@ def first_frame(
     try:
         frame = next(container.decode(stream), None)
     except (av.FFmpegError, OSError) as error:
-        raise UnreadableClip(Reason.CORRUPT, f"{video}: first frame: {error}") from None
+        raise UnreadableClip(
+            Reason.CORRUPT, f"{video}: no frame can be decoded at its start or the span's: {error}"
+        ) from None
     if frame is None:
-        raise UnreadableClip(Reason.TRUNCATED, f"{video} holds no frame")
+        raise UnreadableClip(Reason.TRUNCATED, f"{video} holds no frame from its start or the span's on")
     return frame
 
 
@@ -283,6 +287,19 @@ def probe_video(video: str) -> VideoInfo:
         duration = stream_duration(container, stream)
         height, width = shown_size(first_frame(video, container, stream), float(stream.sample_aspect_ratio or 1))
     return VideoInfo(fps, width, height, duration, codec)
+
+
+def shown_seconds(shown: av.video.frame.VideoFrame | av.packet.Packet, stream: av.video.stream.VideoStream) -> float:
+    """How long a frame, or a packet's frame, is shown: its own duration, else that of the stream's rate, else 0."""
+    if shown.duration and shown.time_base:
+        return float(shown.duration * shown.time_base)
+    fps = stream_fps(stream)
+    return 1.0 / fps if fps else 0.0
+
+
+def is_untagged_hd(matrix: int, height: int) -> bool:
+    """Whether frames of this YUV matrix (AVCOL_SPC_*) and height are BT.709 unsaid, as players take them to be."""
+    return matrix == _UNSPECIFIED and height >= _HD_LINES
 
 
 def stream_duration(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> float | None:

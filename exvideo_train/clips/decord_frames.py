@@ -14,6 +14,7 @@ import bisect
 import io
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -26,8 +27,9 @@ from exvideo_train.clips.resize import crop_and_resize
 from exvideo_train.clips.span_packets import SpanPart, copy_span
 from exvideo_train.clips.timing import TIME_TOLERANCE_SECONDS, why_ended
 
-# With several threads decord loses their packets ("Error sending packet").
-_ONE_THREAD_CODECS = ("vp9",)
+# With more threads decord loses their packets ("Error sending packet").
+_MOST_THREADS = {"vp9": 1, "av1": 4}
+_WHERE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 
 
 def iter_frames(
@@ -48,11 +50,10 @@ def iter_frames(
         raise why_ended(video, moments)
     begins = [part.times[0] for part in span.parts]
     part_of = [max(bisect.bisect_right(begins, moment + TIME_TOLERANCE_SECONDS) - 1, 0) for moment in moments]
-    if span.codec in _ONE_THREAD_CODECS:
-        num_threads = 1
-    elif len(span.parts) > 1:
-        num_threads = max(1, most_threads // len(span.parts))
-    pixel_aspect = _pixel_aspect(video, span.parts[0])
+    if span.codec in _MOST_THREADS:
+        num_threads = min(_MOST_THREADS[span.codec], max(1, most_threads // len(span.parts)))
+    sideways = _turn(video, span.parts[0]) in (90, 270)
+    pixel_aspect = 1 / span.pixel_aspect if sideways else span.pixel_aspect
 
     def read(number: int, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         reader = _Reader(video, span.parts[number], num_threads)
@@ -71,15 +72,12 @@ def iter_frames(
             yield from frames
 
 
-def _pixel_aspect(video: str, part: SpanPart) -> float:
-    """Width over height of the pixels of upright frames, as of the part's first: videos are joined from unlike ones."""
+def _turn(video: str, part: SpanPart) -> int:
+    """By how many degrees the part's first frame is turned: frames tell, not files."""
     import av
 
     with av.open(io.BytesIO(part.content), "r") as container:
-        stream = container.streams.video[0]
-        aspect = float(stream.sample_aspect_ratio or 1)
-        turn = quarter_turn(first_frame(video, container, stream).rotation)
-    return 1 / aspect if turn in (90, 270) else aspect
+        return quarter_turn(first_frame(video, container, container.streams.video[0]).rotation)
 
 
 class _Reader:
@@ -145,7 +143,7 @@ class _Reader:
                 self._take()
 
     def _damaged(self, error: Exception) -> UnreadableClip:
-        message = (str(error).strip().splitlines() or ["its frames end early"])[0]
+        message = _WHERE.sub("", (str(error).strip().splitlines() or ["its frames end early"])[0])
         return UnreadableClip(
             Reason.CORRUPT,
             f"{self._video} after {self._times[max(self._next - 1, 0)]:.2f} s: decord: {message} "

@@ -1,4 +1,4 @@
-"""Frames decoded by PyAV: the data stage's own way, in which only the frames that are needed are converted.
+"""Frames decoded by PyAV; only those that are needed are converted.
 
 Axis letters: H height, W width, C channel.
 """
@@ -15,11 +15,12 @@ import numpy as np
 from exvideo_train.clips.container import (
     Reason,
     UnreadableClip,
+    is_untagged_hd,
     open_video,
     quarter_turn,
+    shown_seconds,
     shown_size,
     stream_duration,
-    stream_fps,
 )
 from exvideo_train.clips.resize import crop_size
 from exvideo_train.clips.timing import (
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 # full_chroma_int 0.33 and 3.9, gbrp 0.33 and 1.4 (planar RGB has vectorised code in swscale).
 _SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int"
 _PLANAR_RGB = "gbrp"
-_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 
 
 def iter_frames(
@@ -128,7 +128,7 @@ def _shown_frames(
                 if following[1] > start + TIME_TOLERANCE_SECONDS:
                     yield shown[0], following[1], aspect
                 shown = following
-            until = shown[1] + _last_duration(shown[0], stream) + 2 * TIME_TOLERANCE_SECONDS
+            until = shown[1] + shown_seconds(shown[0], stream) + 2 * TIME_TOLERANCE_SECONDS
             yield shown[0], until, aspect
             return
 
@@ -180,13 +180,6 @@ def _timed_frames(
                     continue
                 raise UnreadableClip(Reason.CORRUPT, f"{video} has a damaged frame at {seconds:.2f} s")
             yield frame, seconds
-
-
-def _last_duration(frame: av.video.frame.VideoFrame, stream: av.video.stream.VideoStream) -> float:
-    if frame.duration and frame.time_base:
-        return float(frame.duration * frame.time_base)
-    fps = stream_fps(stream)
-    return 1.0 / fps if fps else 0.0
 
 
 class _Scaler:
@@ -250,5 +243,5 @@ class _Scaler:
 
 
 def _matrix(frame: av.video.frame.VideoFrame) -> str:
-    """The frame's own YUV matrix; untagged video of 720 lines and more is BT.709, as players take it to be."""
-    return "bt709" if int(frame.colorspace) == _UNSPECIFIED and frame.height >= 720 else "auto"
+    """The frame's own YUV matrix, or what players take it to be."""
+    return "bt709" if is_untagged_hd(int(frame.colorspace), frame.height) else "auto"

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 def read_clip(
     record: ClipRecord, geometry: Geometry, num_threads: int = 0, decoder: str = "decord"
 ) -> tuple[torch.Tensor, str | None]:
-    """:func:`read_frames`, by PyAV where decord cannot be given a clip. What decord finds damaged stays unread.
+    """The frames of :func:`read_frames`, decoded by PyAV where decord cannot be given the clip.
+
+    What decord finds damaged stays unread.
+
+    Args:
+        record, geometry, num_threads, decoder: as of :func:`read_frames`.
 
     Returns:
         (the frames, why decord could not be given the clip, as a word of `Reason`, or None).

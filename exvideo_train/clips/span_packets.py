@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from exvideo_train.clips.container import Reason, UnreadableClip, open_video, stream_duration, stream_fps
+from exvideo_train.clips.container import (
+    Reason,
+    UnreadableClip,
+    is_untagged_hd,
+    open_video,
+    shown_seconds,
+    stream_duration,
+)
 from exvideo_train.clips.timing import (
     SEEK_BACK_SECONDS,
     TIME_TOLERANCE_SECONDS,
@@ -32,9 +39,9 @@ if TYPE_CHECKING:
 _MOST_REORDERED_FRAMES = 16
 # Their key frames refer to nothing before them, nor do the frames that follow.
 _CODECS_OF_CLOSED_GROUPS = ("vp9", "av1")
-_HD_LINES = 720
-_UNSPECIFIED, _BT709 = 2, 1  # AVCOL_SPC_*
-# Video that does not name its matrix is BT.709 from 720 lines on, as players take it to be; decord takes BT.601.
+_EVEN_RATE = Fraction(25)
+_BT709 = 1  # AVCOL_SPC_BT709
+# decord takes all untagged video for BT.601.
 _TAG_AS_BT709 = {
     "h264": "h264_metadata=matrix_coefficients=1",
     "hevc": "hevc_metadata=matrix_coefficients=1",
@@ -69,11 +76,13 @@ class Span:
     Attributes:
         parts: one after the other.
         codec: FFmpeg's name of its codec.
+        pixel_aspect: width over height of its pixels as stored.
         until: when its last frame is no longer shown, in seconds from the video's first frame.
     """
 
     parts: list[SpanPart]
     codec: str
+    pixel_aspect: float
     until: float
 
 
@@ -101,7 +110,8 @@ def copy_span(video: str, start: float, last: float, max_parts: int = 1) -> Span
                 continue
             codec = stream.codec_context.codec.canonical_name
             pieces = _split(packets, max_parts) if codec in _CODECS_OF_CLOSED_GROUPS else [packets]
-            return Span([_copy_part(video, stream, piece) for piece in pieces if piece], codec, until)
+            parts = [_copy_part(video, stream, piece) for piece in pieces if piece]
+            return Span(parts, codec, float(stream.sample_aspect_ratio or 1), until)
     raise AssertionError("the last attempt begins at the video's start")
 
 
@@ -113,7 +123,12 @@ def _take_packets(
     start: float,
     last: float,
 ) -> tuple[list[_TimedPacket], float]:
-    """(time, packet) in the order of decoding, and until when the last of their frames is shown."""
+    """(time, packet) in the order of decoding, and until when the last of their frames is shown.
+
+    Raises:
+        NotForDecord: times step back, or an edit list cuts frames out of the span: which frame is shown when is for
+            a decoder to say.
+    """
     taken: list[tuple[float, Any]] = []
     decoded_at = -math.inf
     for packet in _demux(video, container, stream):
@@ -123,6 +138,8 @@ def _take_packets(
         # Matroska does not know it for the first packets.
         decodes = decoded_at if packet.dts is None else float((packet.dts - origin) * packet.time_base)
         check_order(video, start, decoded_at, decodes)
+        if taken and decodes < decoded_at - TIME_TOLERANCE_SECONDS:
+            raise NotForDecord(Reason.BAD_TIMESTAMPS, f"{video} steps back at {decodes:.2f} s")
         decoded_at = max(decoded_at, decodes)
         if packet.is_keyframe and (not taken or moment <= start + TIME_TOLERANCE_SECONDS):
             taken = []
@@ -133,11 +150,17 @@ def _take_packets(
         # No later packet can be shown earlier than it is decoded.
         if decodes > last + 2 * TIME_TOLERANCE_SECONDS:
             break
-    return taken, _shown_until(video, stream, taken)
+    first = max((moment for moment, _ in taken if moment <= start + TIME_TOLERANCE_SECONDS), default=start)
+    if any(packet.is_discard and first <= moment <= last + TIME_TOLERANCE_SECONDS for moment, packet in taken):
+        raise NotForDecord(Reason.BAD_TIMESTAMPS, f"{video} has an edit list that cuts frames out of the span")
+    return taken, _shown_until(stream, taken)
 
 
 def _split(packets: list[_TimedPacket], max_parts: int) -> list[list[_TimedPacket]]:
     """Pieces of about the same length that begin with key frames."""
+    moments = [moment for moment, _ in packets]
+    if moments != sorted(moments):
+        return [packets]
     parts: list[list[_TimedPacket]] = [[]]
     for entry in packets:
         if entry[1].is_keyframe and len(parts[-1]) * max_parts >= len(packets):
@@ -147,20 +170,19 @@ def _split(packets: list[_TimedPacket], max_parts: int) -> list[list[_TimedPacke
 
 
 def _copy_part(video: str, stream: av.video.stream.VideoStream, packets: list[_TimedPacket]) -> SpanPart:
-    times = _shown_times(video, [time for time, _ in packets])
-    return SpanPart(_write(video, stream, [packet for _, packet in packets]), times)
+    times = [time for time, _ in packets]
+    order = _shown_order(video, times)
+    content = _write(video, stream, [packet for _, packet in packets], order)
+    return SpanPart(content, [times[position] for position in order])
 
 
-def _shown_until(video: str, stream: av.video.stream.VideoStream, taken: list[_TimedPacket]) -> float:
+def _shown_until(stream: av.video.stream.VideoStream, taken: list[_TimedPacket]) -> float:
     """When the last frame is no longer shown; those that an edit list cuts off are decoded, but never shown."""
-    ordered = sorted(taken, key=lambda entry: entry[0])
-    shown = [number for number, (_, packet) in enumerate(ordered) if not packet.is_discard]
+    shown = [entry for entry in taken if not entry[1].is_discard]
     if not shown:
         return -math.inf
-    if shown[-1] - shown[0] >= len(shown):
-        raise NotForDecord(Reason.BAD_TIMESTAMPS, f"{video} has an edit list that cuts frames out of its middle")
-    end, packet = ordered[shown[-1]]
-    return end + _duration(packet, stream) + 2 * TIME_TOLERANCE_SECONDS
+    begin, packet = max(shown, key=lambda entry: entry[0])
+    return begin + shown_seconds(packet, stream) + 2 * TIME_TOLERANCE_SECONDS
 
 
 def _demux(
@@ -178,15 +200,8 @@ def _demux(
         raise UnreadableClip(Reason.CORRUPT if damaged else Reason.READ_ERROR, f"{video}: {error}") from None
 
 
-def _duration(packet: av.packet.Packet, stream: av.video.stream.VideoStream) -> float:
-    if packet.duration and packet.time_base:
-        return float(packet.duration * packet.time_base)
-    fps = stream_fps(stream)
-    return 1.0 / fps if fps else 0.0
-
-
-def _shown_times(video: str, decoded: list[float]) -> list[float]:
-    """Times in the order of showing, from those in the order of decoding."""
+def _shown_order(video: str, decoded: list[float]) -> list[int]:
+    """Positions in the order of showing, from the times in the order of decoding."""
     order = sorted(range(len(decoded)), key=decoded.__getitem__)
     for rank, position in enumerate(order):
         if rank - position > _MOST_REORDERED_FRAMES:
@@ -194,19 +209,28 @@ def _shown_times(video: str, decoded: list[float]) -> list[float]:
                 Reason.BAD_TIMESTAMPS,
                 f"{video} has a frame at {decoded[position]:.2f} s before {rank - position} earlier ones",
             )
-    return [decoded[position] for position in order]
+    return order
 
 
-def _write(video: str, stream: av.video.stream.VideoStream, packets: list[av.packet.Packet]) -> bytes:
-    """A Matroska file of these packets; its own timestamps do not matter, as its frames are counted."""
+def _write(
+    video: str, stream: av.video.stream.VideoStream, packets: list[av.packet.Packet], shown_order: list[int]
+) -> bytes:
+    """A Matroska file of these packets at an even rate: decord is not to meet the times of the video.
+
+    It skips frames by their times, which Matroska rounds to milliseconds, and guesses their number from their rate.
+    """
     import av
 
+    for rank, position in enumerate(shown_order):
+        packet = packets[position]
+        packet.time_base = 1 / _EVEN_RATE
+        packet.pts, packet.dts, packet.duration = rank, position - _MOST_REORDERED_FRAMES, 1
     target = io.BytesIO()
     try:
         _mux(stream, packets, target)
     except (av.FFmpegError, ValueError) as error:
         codec = stream.codec_context.codec.canonical_name
-        if codec in _TAG_AS_BT709:
+        if codec in _TAG_AS_BT709 and isinstance(error, av.error.InvalidDataError):
             raise UnreadableClip(Reason.CORRUPT, f"{video} has packets that no file can hold: {error}") from None
         raise NotForDecord(Reason.UNSUPPORTED_CODEC, f"{video}: decord cannot be given {codec} ({error})") from None
     return target.getvalue()
@@ -220,15 +244,14 @@ def _mux(stream: av.video.stream.VideoStream, packets: list[av.packet.Packet], t
     with av.open(target, "w", format="matroska") as container:
         copy = container.add_stream_from_template(stream, opaque=True)
         tag: BitStreamFilterContext | None = None
-        if int(codec.colorspace) == _UNSPECIFIED and codec.height >= _HD_LINES:
+        if is_untagged_hd(int(codec.colorspace), codec.height):
             copy.codec_context.colorspace = _BT709
             if codec.codec.canonical_name in _TAG_AS_BT709:
                 # Annex B streams (MPEG-TS) carry in every key frame what others have in their header.
                 in_header = not (codec.extradata or b"").startswith((b"\0\0\1", b"\0\0\0\1"))
                 filters = _TAG_AS_BT709[codec.codec.canonical_name]
                 tag = BitStreamFilterContext(filters, stream, copy if in_header else None)
-        # decord wants to know a rate, and a few packets do not tell.
-        copy.codec_context.framerate = stream.average_rate or Fraction(25)
+        copy.codec_context.framerate = _EVEN_RATE
         for packet in packets:
             for written in [packet] if tag is None else tag.filter(packet):
                 written.stream = copy

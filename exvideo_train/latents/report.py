@@ -77,7 +77,7 @@ class Report:
             counts = sorted(Counter(self.refused_by_decord.values()).items())
             lines.append(
                 f"by PyAV      {len(self.refused_by_decord)} clips in the store that decord cannot be given "
-                f"({', '.join(f'{reason} {count}' for reason, count in counts)}), as refused_by_decord in the report"
+                f"({', '.join(f'{reason} {count}' for reason, count in counts)}); listed under refused_by_decord"
             )
         if self.num_cut_captions:
             lines.append(

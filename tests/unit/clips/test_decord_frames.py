@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.videos import read_numbers, shown_at
 
-from exvideo_train.clips.container import UnreadableClip
+from exvideo_train.clips.container import UnreadableClip, probe_video
 from exvideo_train.clips.reader import read_clip, read_frames
 from exvideo_train.clips.span_packets import copy_span
 from exvideo_train.geometry import Geometry
@@ -94,3 +94,48 @@ def test_damage_in_any_group_of_pictures_is_found(video, clip, tmp_path):
         with pytest.raises(UnreadableClip, match="decord") as caught:
             read(clip(damaged), SMALL, num_threads=4)
         assert caught.value.reason == "corrupt"
+
+
+def test_an_aspect_that_only_the_container_tells(video, clip, read, tmp_path):
+    """Stored 128x96, shown twice as wide: a crop to the stored shape keeps the middle half of each row."""
+    picture = np.full((96, 128, 3), 20, np.uint8)
+    picture[:, 36:92] = 200
+    path = video(tmp_path / "wide.mp4", frames=[picture] * 60)
+    content = bytearray(path.read_bytes())
+    # The track's matrix, whose first number stretches the width.
+    place = content.index(b"tkhd") + 44
+    assert content[place : place + 4] == (1 << 16).to_bytes(4, "big")
+    content[place : place + 4] = (2 << 16).to_bytes(4, "big")
+    path.write_bytes(content)
+    assert probe_video(str(path)).width == 256
+    frames_FHWC = read(clip(path), SMALL).numpy()
+    assert frames_FHWC[:, :, 10:-10].min() > 150
+
+
+def test_frames_closer_than_a_millisecond_are_told_apart(video, clip, read, tmp_path):
+    """Matroska, which decord is given, rounds to milliseconds: they would be one."""
+    path = video(tmp_path / "fast.mp4", frames=2200, fps=2000, size=(48, 64))
+    # A quarter of a frame's time after each begins, tolerance included.
+    start = 0.25 / 2000 - 0.0015 + 0.01
+    frames_FHWC = read(clip(path, start), Geometry(201, 48, 64, 200))
+    assert read_numbers(frames_FHWC) == [20 + 10 * index for index in range(201)]
+
+
+def test_av1_with_more_threads_than_decord_can(video, clip, tmp_path):
+    path = video(tmp_path / "clock.mp4", codec="libsvtav1")
+    alone = read_frames(clip(path), SMALL, num_threads=1, decoder="decord")
+    for _ in range(3):
+        assert torch.equal(read_frames(clip(path), SMALL, num_threads=16, decoder="decord"), alone)
+
+
+def test_pyav_reads_times_that_step_back(video, clip, tmp_path):
+    """Two recordings joined byte by byte, the second of which begins 0.2 s before the first ends."""
+    path = tmp_path / "joined.ts"
+    first, second = (
+        video(tmp_path / name, frames=60, milliseconds=[begin + 40 * index for index in range(60)]).read_bytes()
+        for name, begin in (("first.ts", 0), ("second.ts", 2200))
+    )
+    path.write_bytes(first + second)
+    frames_FHWC, refusal = read_clip(clip(path, 1.0), SMALL)
+    assert refusal == "bad_timestamps"
+    assert torch.equal(frames_FHWC, read_frames(clip(path, 1.0), SMALL, decoder="pyav"))
