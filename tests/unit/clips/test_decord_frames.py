@@ -141,3 +141,23 @@ def test_pyav_reads_times_that_step_back(video, clip, tmp_path):
     frames_FHWC, refusal = read_clip(clip(path, 1.0), SMALL)
     assert refusal == "bad_timestamps"
     assert torch.equal(frames_FHWC, read_frames(clip(path, 1.0), SMALL, decoder="pyav"))
+
+
+def test_a_frame_that_an_edit_list_cuts_off_is_not_chosen(video, clip, tmp_path):
+    """The last moment falls on the cut: the frame before it is still shown, within the tolerance."""
+    path = video(tmp_path / "cut.mp4")
+    content = bytearray(path.read_bytes())
+    place = content.index(b"elst") + 12
+    content[place : place + 4] = (2000).to_bytes(4, "big")
+    path.write_bytes(content)
+    frames_FHWC, refusal = read_clip(clip(path), SMALL)
+    assert read_numbers(frames_FHWC)[-2:] == [46, 49]
+    assert refusal == "bad_timestamps"
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libsvtav1"])
+def test_a_few_frames_of_a_slow_part(codec, video, clip, read, tmp_path):
+    """A span of four packets seconds apart, of which decord could not tell how many there are."""
+    begins = [0, 40, 80, 120, 2000, 4000, 6000, 8000, 8040, 8080]
+    path = video(tmp_path / "slow.mp4", codec=codec, frames=len(begins), milliseconds=begins, gop=4)
+    assert read_numbers(read(clip(path, 2.5), Geometry(9, 96, 128, 2))) == [4, 4, 4, 5, 5, 5, 5, 6, 6]
