@@ -53,7 +53,8 @@ def read_frames(record: ClipRecord, geometry: Geometry, num_threads: int = 0, de
     A record's own `sampling_fps`, when it has one, takes the place of the geometry's.
 
     The picture is turned upright, cut at its centre to the geometry's aspect and resized with an antialiasing
-    filter. One frame at full size is in memory at a time.
+    filter. PyAV holds one frame at full size at a time; decord decodes ahead, without a limit of its own, of a reader
+    that wants every frame (docs/data.md has figures).
 
     Args:
         record: the clip; `start_seconds` counts from the video's first frame.
