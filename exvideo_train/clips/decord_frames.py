@@ -99,7 +99,7 @@ class _Reader:
         """The frames shown at ascending moments; all of the part is decoded.
 
         They come at full size: decord converts frames that nobody wants, until it is told not to, and at full size
-        that costs a sixth of what its resize does.
+        that costs far less than its resize.
 
         Yields:
             (uint8 RGB frame of shape (H, W, C), at how many of the moments it is shown).

@@ -54,7 +54,7 @@ def read_frames(record: ClipRecord, geometry: Geometry, num_threads: int = 0, de
 
     The picture is turned upright, cut at its centre to the geometry's aspect and resized with an antialiasing
     filter. PyAV holds one frame at full size at a time; decord decodes ahead, without a limit of its own, of a reader
-    that wants every frame (docs/data.md has figures).
+    that wants every frame.
 
     Args:
         record: the clip; `start_seconds` counts from the video's first frame.
