@@ -4,17 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import reprlib
+import stat
 import struct
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from exvideo_train.errors import UserError
+from exvideo_train.errors import UnreadableFile, UserError
 
 if TYPE_CHECKING:
     import torch
+
+# Of CogVideoX-5B's 1,000 tensors the header has 0.1 MiB.
+MAX_HEADER_BYTES = 16 << 20
+_METADATA = "__metadata__"
+_MAX_AXES = 64  # as numpy; torch has no such limit
+_MAX_JSON_DEPTH = 64
+_MAX_DIGITS = 20  # of 2**64, or of a negative one of 63 bits
+# What safetensors 0.8 knows (safetensors/src/tensor.rs); the sizes are the format's.
+_DTYPE_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8"), 8),
+    **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 160
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
@@ -120,27 +142,187 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading.
+
+    Raises:
+        UnreadableFile: it cannot be opened now, or is a folder, FIFO, socket or device, at which reading could wait for
+            ever.
+        UserError: it does not exist.
+    """
+    try:
+        # Without O_NONBLOCK opening a FIFO waits for its writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise UnreadableFile(f"{path} cannot be opened ({getattr(error, 'strerror', error)})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnreadableFile(f"{path} is not a regular file; give a file, not a folder, pipe or device")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """A regular file's content, refused before it is read if it is larger than ``max_bytes``.
+
+    Raises:
+        UnreadableFile: as :func:`open_regular`, or reading fails.
+        UserError: it does not exist or is too large.
+    """
+    with open_regular(path) as stream:
+        try:
+            size = os.fstat(stream.fileno()).st_size
+            if size > max_bytes:
+                raise UserError(f"{path} is of {size} bytes, of which at most {max_bytes} are read; fetch it again")
+            return stream.read(max_bytes)
+        except OSError as error:
+            raise UnreadableFile(f"{path} cannot be read ({error.strerror})") from error
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Strict JSON of untrusted origin: UTF-8, no key twice, whole characters, 64 levels, numbers that fit 64 bits.
+
+    Raises:
+        ValueError: it is anything else; the message says what.
+    """
+    text = content if isinstance(content, str) else content.decode()
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_int=_bounded_integer,
+            parse_float=_finite_number,
+            parse_constant=_no_constant,
+        )
+    except RecursionError:
+        raise ValueError(f"nested deeper than {_MAX_JSON_DEPTH} levels") from None
+    _check_depth(value)
+    if "\\u" in text:
+        # An escape can spell half of a character, which can neither be printed nor written again.
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in unique:
+            raise ValueError(f"key {short(name)} stands there twice")
+        unique[name] = value
+    return unique
+
+
+def _bounded_integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"{short(text)} has more than {_MAX_DIGITS} digits")
+    return int(text)
+
+
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{short(text)} is too large for a number")
+    return number
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_MAX_JSON_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {_MAX_JSON_DEPTH} levels")
+
+
+def short(value: Any) -> str:
+    """A value of untrusted origin for a message: as Python writes it, control characters escaped, cut if it is long."""
+    return _SHORT.repr(value)
+
+
 def read_safetensors_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file: tensor entries and ``__metadata__``.
 
+    What this returns is checked: every entry has a known ``dtype``, a ``shape`` of non-negative ints and the
+    ``data_offsets`` that these ask for; the tensors' bytes follow one another without holes and fill the file to its
+    end; ``__metadata__``, if it is there, maps strings to strings.
+
     Raises:
-        UserError: the file is missing, truncated or not safetensors; the file's size is checked against the header.
+        UnreadableFile: it cannot be read now, or is no regular file: nothing is known of its content.
+        UserError: it is missing, or was read and is truncated or no safetensors file; the message names the field.
     """
+    with open_regular(path) as stream:
+        try:
+            size = os.fstat(stream.fileno()).st_size
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            content = stream.read(length) if length <= min(size, MAX_HEADER_BYTES) else b""
+        except OSError as error:
+            raise UnreadableFile(f"{path} cannot be read ({error.strerror})") from error
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
-                raise ValueError("header longer than the file")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    # The last three: JSON of another shape than a safetensors header.
-    except (struct.error, ValueError, AttributeError, LookupError, TypeError) as error:
+        if len(prefix) < 8:
+            raise ValueError(f"{size} bytes")
+        if len(content) < length:
+            raise ValueError(f"a header of {length} bytes in a file of {size}; at most {MAX_HEADER_BYTES} are read")
+        header = parse_json(content)
+        end = _check_header(header)
+    except ValueError as error:
         raise UserError(f"{path} is truncated or not a safetensors file ({error}); fetch or write it again") from error
     if size != 8 + length + end:
-        raise UserError(
-            f"{path} is truncated: {size} bytes, its header promises {8 + length + end}; fetch or write it again"
-        )
-    return header
+        what = "is truncated" if size < 8 + length + end else "goes on after its last tensor"
+        raise UserError(f"{path} {what}: {size} bytes, its header promises {8 + length + end}; fetch or write it again")
+    return dict(header)
+
+
+def _check_header(header: Any) -> int:
+    """Bytes of tensors that a header describes."""
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    spans = []
+    for name, entry in header.items():
+        if name == _METADATA:
+            if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+                raise ValueError(f"{_METADATA}={short(entry)} does not map names to texts")
+            continue
+        try:
+            spans.append((*_span(entry), name))
+        except ValueError as error:
+            raise ValueError(f"tensor {short(name)}: {error}") from None
+    end = 0
+    for begin, next_end, name in sorted(spans):
+        if begin != end:
+            what = "overlaps the tensor before it" if begin < end else "leaves a hole before it"
+            raise ValueError(f"tensor {short(name)}: data_offsets=[{begin}, {next_end}] {what}, which ends at {end}")
+        end = next_end
+    return end
+
+
+def _span(entry: Any) -> tuple[int, int]:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{short(entry)} is not made of dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
+        raise ValueError(f"dtype={short(dtype)} is unknown")
+    if not _are_sizes(shape) or len(shape) > _MAX_AXES:
+        raise ValueError(f"shape={short(shape)} is not a list of at most {_MAX_AXES} sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"data_offsets={short(offsets)} are not two positions")
+    begin, end = offsets
+    num_bits = math.prod(shape) * _DTYPE_BITS[dtype]
+    if num_bits != 8 * (end - begin):
+        raise ValueError(f"data_offsets={short(offsets)} do not fit {dtype} of shape {short(shape)}")
+    return begin, end
+
+
+def _are_sizes(values: Any) -> bool:
+    # type(), as True is an int too
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
