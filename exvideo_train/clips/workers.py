@@ -85,10 +85,12 @@ class _Worker(Generic[Task]):
         self.task: Task | None = None
         self.deadline = 0.0
 
-    def close(self, force: bool) -> None:
+    def close(self) -> None:
+        """End the process: at once while it has a task or is still starting, else when it finds the pipe closed."""
+        if not self.ready or self.number is not None:
+            self.process.kill()
         self.connection.close()
-        if not force:
-            self.process.join(timeout=1.0)
+        self.process.join(timeout=1.0)
         if self.process.is_alive():
             self.process.kill()
         self.process.join()
@@ -163,8 +165,9 @@ class _Pool(Generic[Task, Result]):
         for worker in [entry for entry in self._workers if entry.number is not None and entry.deadline <= now]:
             if not worker.connection.poll():
                 detail = f"took longer than {self._timeout_seconds:g} s"
+                worker.process.kill()
                 self._finish(worker, Failed(Reason.TIMEOUT.value, detail))
-                self._retire(worker, force=True)
+                self._retire(worker)
 
     def _receive(self, worker: _Worker[Task]) -> None:
         try:
@@ -175,7 +178,7 @@ class _Pool(Generic[Task, Result]):
                 raise RuntimeError(f"a worker process did not start (exit code {worker.process.exitcode})") from None
             detail = f"its process ended with exit code {worker.process.exitcode}"
             self._finish(worker, Failed(Reason.WORKER_DIED.value, detail))
-            self._retire(worker, force=True)
+            self._retire(worker)
             return
         if kind == "ready":
             worker.ready = True
@@ -186,7 +189,7 @@ class _Pool(Generic[Task, Result]):
         else:
             self._finish(worker, value)
             if worker.served >= self._tasks_per_worker:
-                self._retire(worker, force=False)
+                self._retire(worker)
 
     def _finish(self, worker: _Worker[Task], result: Result | Failed) -> None:
         assert worker.number is not None
@@ -195,35 +198,34 @@ class _Pool(Generic[Task, Result]):
         worker.number = worker.task = None
         worker.served += 1
 
-    def _retire(self, worker: _Worker[Task], force: bool) -> None:
+    def _retire(self, worker: _Worker[Task]) -> None:
         self._workers.remove(worker)
-        worker.close(force)
+        worker.close()
 
     def close(self) -> None:
         for worker in self._workers:
-            worker.close(force=worker.number is not None)
+            worker.close()
         self._workers.clear()
 
 
 def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
-    """Main function of a worker: tasks in, results out, until the pipe closes."""
+    """Main function of a worker: tasks in, results out, until the pipe closes or Ctrl-C."""
     _exit_with_parent()
-    connection.send(("ready", None))
-    while True:
-        try:
-            task = connection.recv()
-        except (EOFError, ConnectionError, KeyboardInterrupt):
-            return
-        try:
-            answer = ("result", function(task))
-        except KeyboardInterrupt:
-            return
-        except UserError as error:
-            answer = ("user_error", str(error))
-        # Whatever else goes wrong is a bug and is raised, with its traceback, in the parent.
-        except Exception:  # noqa: BLE001
-            answer = ("error", traceback.format_exc())
-        connection.send(answer)
+    # The pipe may close at any moment, while this process is still starting too: then nobody wants anything of it.
+    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
+        connection.send(("ready", None))
+        while True:
+            connection.send(_answer(function, connection.recv()))
+
+
+def _answer(function: Callable[[Any], Any], task: Any) -> tuple[str, Any]:
+    try:
+        return "result", function(task)
+    except UserError as error:
+        return "user_error", str(error)
+    # Whatever else goes wrong is a bug and is raised, with its traceback, in the parent.
+    except Exception:  # noqa: BLE001
+        return "error", traceback.format_exc()
 
 
 def _exit_with_parent() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
 
 import pytest
 
+from exvideo_train.clips import workers
 from exvideo_train.clips.workers import Failed, parallel_map
 from exvideo_train.errors import UserError
 
@@ -88,3 +90,32 @@ def test_tasks_are_taken_only_as_needed():
     next(results)
     assert len(taken) <= 6
     results.close()
+
+
+class Slow:
+    """Takes its time to be written to the pipe."""
+
+    def __reduce__(self):
+        time.sleep(0.3)
+        return (str, ())
+
+
+def answer_slowly(_: int) -> Slow:
+    return Slow()
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_pipe_that_closes_early_is_no_error_for_the_worker(ready, capfd):
+    """As it does while a worker starts that is not needed any more, or that was about to answer."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=workers._serve, args=(theirs, answer_slowly))
+    process.start()
+    theirs.close()
+    if ready:
+        assert ours.recv() == ("ready", None)
+        ours.send(1)
+    ours.close()
+    process.join(60)
+    assert process.exitcode == 0
+    assert not capfd.readouterr().err
