@@ -8,13 +8,18 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from exvideo_train.clips.container import split_video
 from exvideo_train.errors import UserError
 
 _COMMIT_SECONDS = 2.0
+_TABLE = "CREATE TABLE found (key TEXT PRIMARY KEY, stamp TEXT, content TEXT)"
+
+Found = TypeVar("Found")
 
 
 def file_stamp(video: str) -> str:
@@ -37,22 +42,32 @@ class Journal:
             self._connection = sqlite3.connect(path)
             # The journal is a saving, not a record: a lost tail is found out again, so no wait for the disk.
             self._connection.execute("PRAGMA synchronous = OFF")
-            self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS found (key TEXT PRIMARY KEY, stamp TEXT, content TEXT)"
-            )
+            # Checked before anything is written: a database of this name may be somebody's own.
+            tables = dict(self._connection.execute("SELECT name, sql FROM sqlite_master"))
+            tables.pop("sqlite_autoindex_found_1", None)
+            if tables not in ({}, {"found": _TABLE}):
+                raise self._user_error(f"a database of another program or version ({', '.join(sorted(tables))})")
+            if not tables:
+                self._connection.execute(_TABLE)
         except (sqlite3.Error, OSError) as error:
             raise self._user_error(error) from None
 
-    def _user_error(self, error: Exception) -> UserError:
+    def _user_error(self, error: object) -> UserError:
         return UserError(f"cannot use {self._path}: {error}; free space, or delete it to begin anew")
 
-    def get(self, key: str, stamp: str) -> str | None:
-        """The text noted for this key, if the stamp is still the same."""
+    def get(self, key: str, stamp: str, read: Callable[[str], Found]) -> Found | None:
+        """What `read` makes of the text noted for this key, if the stamp is still the same.
+
+        Raises:
+            UserError: the journal is damaged, or `read` raises an error that says so.
+        """
         try:
             row = self._connection.execute("SELECT stamp, content FROM found WHERE key = ?", (key,)).fetchone()
+            return read(row[1]) if row and row[0] == stamp else None
         except sqlite3.Error as error:
             raise self._user_error(error) from None
-        return row[1] if row and row[0] == stamp else None
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise self._user_error(f"what it holds about {key!r} cannot be read ({error})") from None
 
     def put(self, key: str, stamp: str, content: str) -> None:
         """Note a text."""

@@ -91,8 +91,8 @@ def judge_clips(manifest: Path, journal_file: Path, options: FilterOptions) -> I
                 task = (record.video, record.start_seconds, record.end_seconds, *_needed_seconds(options))
                 key = f"{_MEASURES_VERSION} {task}"
                 stamp = file_stamp(record.video)
-                known = None if reasons else journal.get(key, stamp)
-                waiting.append((record, reasons, key, stamp, _finding_from(known) if known else None))
+                known = None if reasons else journal.get(key, stamp, _finding_from)
+                waiting.append((record, reasons, key, stamp, known))
                 yield None if reasons or known else task
 
         results = parallel_map(

@@ -30,13 +30,13 @@ def probe_videos(
     Yields:
         (what belongs to the video, what was found or why nothing was).
     """
-    waiting: deque[tuple[Companion, str, str | None]] = deque()
+    waiting: deque[tuple[Companion, str, VideoInfo | Failed | None]] = deque()
     with Journal(journal_path) as journal:
 
         def tasks() -> Iterator[str]:
             for video, companion in videos:
                 stamp = file_stamp(video)
-                known = journal.get(video, stamp)
+                known = journal.get(video, stamp, _from_text)
                 waiting.append((companion, stamp, known))
                 # An empty name is a task that costs nothing: it keeps the order of what is known already.
                 yield "" if known is not None else video
@@ -44,7 +44,7 @@ def probe_videos(
         for video, found in parallel_map(_probe, tasks(), num_workers, timeout_seconds):
             companion, stamp, known = waiting.popleft()
             if known is not None:
-                yield companion, _from_text(known)
+                yield companion, known
                 continue
             assert found is not None
             if not (isinstance(found, Failed) and found.reason in PASSING_REASONS):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from exvideo_train.clips.bounds import MAX_LINE_BYTES, MAX_SCORE, MAX_SECONDS, bounded_number, parse_json, shown
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write
 
@@ -23,8 +24,18 @@ _ID_DIGITS = 32
 # json.dumps builds an encoder a call unless all its arguments are defaults: 3 microseconds a record.
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 _encode_ascii = json.JSONEncoder().encode
-_OPTIONAL_NUMBERS = ("fps", "duration_seconds", "sampling_fps")
-_OPTIONAL_INTEGERS = ("width", "height")
+# It becomes a file name, with a suffix.
+_MAX_ID_LETTERS = 128
+# Least and greatest value. A span that begins before its video is refused where it is used, with its clip alone.
+_LIMITS = {
+    "start_seconds": (-MAX_SECONDS, MAX_SECONDS),
+    "end_seconds": (-MAX_SECONDS, MAX_SECONDS),
+    "fps": (0.0, 1e6),
+    "width": (0, 1 << 20),
+    "height": (0, 1 << 20),
+    "duration_seconds": (-MAX_SECONDS, MAX_SECONDS),
+    "sampling_fps": (1e-3, 1e6),
+}
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,8 @@ def _chain(first: ClipRecord, rest: Iterator[ClipRecord]) -> Iterator[ClipRecord
 def _read_lines(path: Path) -> Iterator[ClipRecord]:
     try:
         with open(path, encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
+            # A file without line breaks is none of ours, and may be larger than memory.
+            for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), ""), start=1):
                 if line.strip():
                     yield parse_record(line, path, number)
     except UnicodeDecodeError as error:
@@ -158,17 +170,14 @@ def parse_record(line: str, path: Path, number: int) -> ClipRecord:
     """One manifest line as a record; `path` and `number` are for the message.
 
     Raises:
-        UserError: the line is not JSON, or a field is missing, unknown or of the wrong type.
+        UserError: the line is not JSON, or a field is missing, unknown, of the wrong type or out of bounds.
     """
     where = f"manifest={path} line {number}"
     remedy = "write the manifest with data_prep/build_manifest.py"
     try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not a JSON object ({error}); {remedy}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: not a JSON object but {type(content).__name__}; {remedy}")
-    try:
+        content = parse_json(line)
+        if not isinstance(content, dict):
+            raise ValueError(f"not a JSON object but {type(content).__name__}")
         return _record_from(content, path.parent)
     except (KeyError, TypeError, ValueError) as error:
         message = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
@@ -178,49 +187,63 @@ def parse_record(line: str, path: Path, number: int) -> ClipRecord:
 def _record_from(content: Mapping[str, Any], folder: Path) -> ClipRecord:
     unknown = sorted(set(content) - set(_FIELD_NAMES))
     if unknown:
-        raise ValueError(f"unknown field {', '.join(unknown)}")
+        raise ValueError(f"unknown field {shown(unknown[0])}")
     for name in ("clip_id", "source", "video", "caption"):
         if not isinstance(content[name], str):
-            raise ValueError(f"{name}={content[name]!r} must be text")
-    clip_id = content["clip_id"]
+            raise ValueError(f"{name}={shown(content[name])} must be text")
+    clip_id, codec, scores = content["clip_id"], content.get("codec"), content.get("scores", {})
     # The id becomes a file name: nothing that could lead out of a folder.
-    if len(clip_id) < 3 or not clip_id.isascii() or not clip_id.replace("-", "").replace("_", "").isalnum():
-        raise ValueError(f"clip_id={clip_id!r} must be 3 or more letters, digits, - or _")
-    if not content["video"]:
-        raise ValueError("video is empty")
-    scores = content.get("scores", {})
+    if not (
+        3 <= len(clip_id) <= _MAX_ID_LETTERS
+        and clip_id.isascii()
+        and clip_id.replace("-", "").replace("_", "").isalnum()
+    ):
+        raise ValueError(f"clip_id={shown(clip_id)} must be 3 to {_MAX_ID_LETTERS} letters, digits, - or _")
+    _check_path(content["video"])
+    _check_caption(content["caption"])
     if not isinstance(scores, dict):
-        raise ValueError(f"scores={scores!r} must be an object of numbers")
-    start = _number("start_seconds", content["start_seconds"])
-    end = _optional_number("end_seconds", content)
-    codec = content.get("codec")
+        raise ValueError(f"scores={shown(scores)} must be an object of numbers")
     if codec is not None and not isinstance(codec, str):
-        raise ValueError(f"codec={codec!r} must be text")
-    width, height = (_optional_number(name, content) for name in _OPTIONAL_INTEGERS)
-    fps, duration, sampling_fps = (_optional_number(name, content) for name in _OPTIONAL_NUMBERS)
+        raise ValueError(f"codec={shown(codec)} must be text")
+    start = bounded_number("start_seconds", content["start_seconds"], *_LIMITS["start_seconds"])
+    numbers = {
+        name: bounded_number(name, content[name], *limits)
+        for name, limits in _LIMITS.items()
+        if content.get(name) is not None
+    }
+    width, height = numbers.get("width"), numbers.get("height")
     return ClipRecord(
         clip_id=clip_id,
         source=content["source"],
         video=str(folder / content["video"]),
         start_seconds=start,
-        end_seconds=end,
+        end_seconds=numbers.get("end_seconds"),
         caption=content["caption"],
-        scores={str(name): _number(f"scores.{name}", value) for name, value in scores.items()},
-        fps=fps,
+        scores={name: bounded_number(f"scores.{name}", v, -MAX_SCORE, MAX_SCORE) for name, v in scores.items()},
+        fps=numbers.get("fps"),
         width=None if width is None else int(width),
         height=None if height is None else int(height),
-        duration_seconds=duration,
+        duration_seconds=numbers.get("duration_seconds"),
         codec=codec,
-        sampling_fps=sampling_fps,
+        sampling_fps=numbers.get("sampling_fps"),
     )
 
 
-def _optional_number(name: str, content: Mapping[str, Any]) -> float | None:
-    value = content.get(name)
-    return None if value is None else _number(name, value)
+def _check_path(video: str) -> None:
+    if not video:
+        raise ValueError("video is empty")
+    try:
+        encoded = os.fsencode(video)
+    except UnicodeEncodeError:
+        raise ValueError(f"video={shown(video)} cannot be a file's name: it holds half a character") from None
+    if b"\0" in encoded:
+        raise ValueError(f"video={shown(video)} cannot be a file's name: it holds a NUL")
 
 
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be a number")
-    return float(value)
+def _check_caption(caption: str) -> None:
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"caption holds half a character at position {error.start}, which no text encoder reads"
+        ) from None

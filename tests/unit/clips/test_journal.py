@@ -28,9 +28,9 @@ def test_what_was_noted_is_found_until_the_file_changes(tmp_path: Path) -> None:
     with Journal(tmp_path / "j.sqlite") as journal:
         journal.put("a", "1", "content")
     with Journal(tmp_path / "j.sqlite") as journal:
-        assert journal.get("a", "1") == "content"
-        assert journal.get("a", "2") is None
-        assert journal.get("b", "1") is None
+        assert journal.get("a", "1", str) == "content"
+        assert journal.get("a", "2", str) is None
+        assert journal.get("b", "1", str) is None
 
 
 def leave_on_a_full_disk(path: Path, error: Exception | None = None) -> None:
@@ -47,7 +47,7 @@ def test_disk_that_is_full_at_the_end_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"cannot use {path}: .*free space"):
         leave_on_a_full_disk(path)
     with Journal(path) as again:
-        assert again.get("a", "1") is None
+        assert again.get("a", "1", str) is None
 
 
 def test_an_error_under_way_is_not_hidden_by_a_full_disk(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_relative_videos_are_beside_the_manifest(tmp_path):
         ({"start_seconds": float("nan")}, "start_seconds=nan must be a number"),
         ({"scores": [1]}, "scores=[1]"),
         ({"scores": {"umt": "high"}}, "scores.umt='high'"),
-        ({"colour": "red"}, "unknown field colour"),
+        ({"colour": "red"}, "unknown field 'colour'"),
         ({"caption": 3}, "caption=3"),
     ],
 )
@@ -82,7 +82,7 @@ def test_malformed_lines_are_named(change, message, tmp_path):
 
 def test_missing_fields_and_broken_lines_are_named(tmp_path):
     path = tmp_path / "clips.jsonl"
-    for text, message in (('{"clip_id": "abcd"}', "'source' is missing"), ('{"clip', "not a JSON"), ("[1]", "list")):
+    for text, message in (('{"clip_id": "abcd"}', "'source' is missing"), ('{"clip', "not JSON"), ("[1]", "list")):
         path.write_text(text + "\n")
         with pytest.raises(UserError, match=message):
             read_manifest(path)

@@ -1,0 +1,82 @@
+"""How large a part of a data set's metadata may be: whatever lies outside is a ValueError, with a message to show.
+
+Metadata comes from strangers. A file of a million brackets ends Python's recursion, a number of 400 digits cannot
+become a float, 1e306 seconds overflow when they are counted in milliseconds: each costs its own row, not the build.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from typing import Any
+
+MAX_LINE_BYTES = 16 << 20
+"""Of a line of JSON, or of a file with one object."""
+MAX_DEPTH = 64
+"""Of brackets within brackets."""
+MAX_SECONDS = 1e9
+"""Thirty years; in milliseconds it still fits the sixteen digits of a sorting key."""
+MAX_SCORE = 1e9
+_SHOWN_LETTERS = 80
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value of bounded size and depth; NaN and infinities come through, for `bounded_number` to refuse.
+
+    Raises:
+        ValueError: it is not JSON, or beyond the limits.
+    """
+    if len(text) > MAX_LINE_BYTES:
+        raise ValueError(f"{len(text):,} bytes of JSON, more than {MAX_LINE_BYTES:,}")
+    brackets = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"brackets nested deeper than {MAX_DEPTH}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error})") from None
+    except ValueError:
+        # The one that Python raises by itself, with a hint for programmers.
+        raise ValueError("a number of thousands of digits") from None
+    # Counting letters is quick, and almost always enough to know that no depth can have been reached.
+    if sum(map(text.count, brackets)) > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH):  # type: ignore[arg-type]
+        raise ValueError(f"brackets nested deeper than {MAX_DEPTH}")
+    return value
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        containers = [entry for entry in level if isinstance(entry, (dict, list))]
+        if not containers:
+            return False
+        level = list(itertools.chain.from_iterable(c.values() if isinstance(c, dict) else c for c in containers))
+    return True
+
+
+def bounded_number(name: str, value: object, least: float, most: float) -> float:
+    """A number within limits; text is none, nor are true and false.
+
+    Raises:
+        ValueError: it is none, or outside; the message has the name and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise ValueError(f"{name}={shown(value)} must be a number")
+    # Compared before it is converted: an integer of any length compares, but does not fit a float.
+    if not least <= value <= most:
+        raise ValueError(f"{name}={shown(value)} must be a number from {least:g} to {most:g}")
+    return float(value)
+
+
+def shown(value: object) -> str:
+    """A value for a message, cut where it is long."""
+    try:
+        text = f"{value:.6g}" if isinstance(value, float) else repr(value)
+    except ValueError:
+        # Python prints no integer of thousands of digits.
+        assert isinstance(value, int)
+        text = f"a number of about {int(math.log10(2) * value.bit_length())} digits"
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."
