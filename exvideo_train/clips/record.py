@@ -14,7 +14,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from exvideo_train.clips.bounds import MAX_LINE_BYTES, MAX_SCORE, MAX_SECONDS, bounded_number, parse_json, shown
+from exvideo_train.clips.bounds import (
+    MAX_LINE_BYTES,
+    MAX_SCORE,
+    MAX_SECONDS,
+    bounded_number,
+    clean_caption,
+    parse_json,
+    shown,
+)
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write
 
@@ -200,7 +208,6 @@ def _record_from(content: Mapping[str, Any], folder: Path) -> ClipRecord:
     ):
         raise ValueError(f"clip_id={shown(clip_id)} must be 3 to {_MAX_ID_LETTERS} letters, digits, - or _")
     _check_path(content["video"])
-    _check_caption(content["caption"])
     if not isinstance(scores, dict):
         raise ValueError(f"scores={shown(scores)} must be an object of numbers")
     if codec is not None and not isinstance(codec, str):
@@ -218,7 +225,8 @@ def _record_from(content: Mapping[str, Any], folder: Path) -> ClipRecord:
         video=str(folder / content["video"]),
         start_seconds=start,
         end_seconds=numbers.get("end_seconds"),
-        caption=content["caption"],
+        # A manifest may come from elsewhere; build_manifest has cleaned and counted the captions of its own.
+        caption=clean_caption(content["caption"]).text,
         scores={name: bounded_number(f"scores.{name}", v, -MAX_SCORE, MAX_SCORE) for name, v in scores.items()},
         fps=numbers.get("fps"),
         width=None if width is None else int(width),
@@ -238,12 +246,3 @@ def _check_path(video: str) -> None:
         raise ValueError(f"video={shown(video)} cannot be a file's name: it holds half a character") from None
     if b"\0" in encoded:
         raise ValueError(f"video={shown(video)} cannot be a file's name: it holds a NUL")
-
-
-def _check_caption(caption: str) -> None:
-    try:
-        caption.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"caption holds half a character at position {error.start}, which no text encoder reads"
-        ) from None

@@ -106,3 +106,9 @@ def test_reading_is_streamed(tmp_path):
     assert next(records) == RECORD
     with pytest.raises(UserError, match="line 2"):
         next(records)
+
+
+def test_captions_of_foreign_manifests_are_cleaned(tmp_path):
+    path = tmp_path / "clips.jsonl"
+    write_manifest(path, [replace(RECORD, caption="a dog \ud83d\0"), replace(RECORD, caption="x" * 10**6)])
+    assert [record.caption for record in read_manifest(path)] == ["a dog", "x" * 20_000]
