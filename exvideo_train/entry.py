@@ -14,6 +14,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -27,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from exvideo_train.errors import UserError
+from exvideo_train.terminal import EscapedStream, escaped
 
 ConfigT = TypeVar("ConfigT")
 
@@ -78,7 +80,9 @@ def run_command(config_class: type[ConfigT], main: Callable[[ConfigT], None], na
 
     def task(config: DictConfig) -> None:
         try:
-            main(to_dataclass(config, config_class))
+            # Names and headers of foreign files are printed all over: none of them reaches the terminal as it is.
+            with redirect_stdout(EscapedStream(sys.stdout)):
+                main(to_dataclass(config, config_class))
         except UserError as error:
             _exit_with(error)
 
@@ -87,7 +91,7 @@ def run_command(config_class: type[ConfigT], main: Callable[[ConfigT], None], na
 
 
 def _exit_with(error: UserError) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {escaped(str(error))}", file=sys.stderr, flush=True)
     raise SystemExit(USER_ERROR_STATUS)
 
 

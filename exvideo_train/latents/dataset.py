@@ -20,6 +20,7 @@ from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import CorruptLatent
 from exvideo_train.latents.order import SampleOrder
 from exvideo_train.latents.store import LatentStore, StoredClip
+from exvideo_train.terminal import escaped
 
 _log = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ class LatentDataset(Dataset[TrainingSample]):
     def _report(self, clip_id: str, error: CorruptLatent) -> None:
         if clip_id not in self.corrupt_clips:
             self.corrupt_clips.add(clip_id)
-            _log.warning("clip %s is replaced by the next in order: %s", clip_id, error)
+            _log.warning("clip %s is replaced by the next in order: %s", clip_id, escaped(str(error)))
         if len(self.corrupt_clips) > self.max_corrupt_clips:
             raise UserError(
                 f"{len(self.corrupt_clips)} latent files are corrupt, more than data.max_corrupt_clips="

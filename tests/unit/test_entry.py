@@ -116,6 +116,23 @@ def test_a_bug_keeps_its_traceback(tmp_path, run_command):
     assert "buggy.py" in result.stderr
 
 
+def test_no_name_or_header_reaches_the_terminal_as_it_is(tmp_path, run_command):
+    script = tmp_path / "showing.py"
+    script.write_text(
+        PROBE.replace("import json", "import json, sys")
+        .replace('"fail"', '"\\x1b[2J"')
+        .replace("prompt='fail'", "{config.prompt}")
+        .replace('UserError("', 'UserError(f"')
+        .replace("print(", "print(config.prompt); sys.stdout.writelines(['\\udcff\\u202e']); print(")
+    )
+    for prompt, status in (("\x1b]52;c;AAAA\x07\x9b", 0), ("\x1b[2J", 2)):
+        result = run_command([script, "output=x", f"prompt={prompt}"], status=status, timeout_seconds=60)
+        text = result.stdout + result.stderr
+        assert not set(text) & set("\x1b\x07\x9b\u202e\udcff")
+        assert "\\x1b" in text
+        assert "\\udcff\\u202e" in result.stdout or status == 2
+
+
 def test_choices_of_the_users_own(probe, tmp_path):
     (tmp_path / "mine" / "exp").mkdir(parents=True)
     (tmp_path / "mine" / "exp" / "short.yaml").write_text("# @package _global_\nnum_frames: 57\n")
