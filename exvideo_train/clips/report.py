@@ -20,6 +20,7 @@ from exvideo_train.clips.filtering import FilterReport
 from exvideo_train.clips.judging import FilterOptions, Judged
 from exvideo_train.clips.pyav_frames import iter_frames
 from exvideo_train.files import atomic_write_text
+from exvideo_train.terminal import escaped
 
 _NUM_BINS = 40
 # Name of the value: (title, lowest and highest bin edge). What lies outside is counted in the end bins.
@@ -78,7 +79,8 @@ class ReportBuilder:
         for name, value in judged.values().items():
             _, low, high = _RANGES.get(name, (name, 0.0, 1.0))
             counts = self._counts.setdefault(name, np.zeros((2, _NUM_BINS), np.int64))
-            place = min(_NUM_BINS - 1, max(0, math.floor((value - low) / (high - low) * _NUM_BINS)))
+            share = (min(max(value, low), high) - low) / (high - low)
+            place = min(_NUM_BINS - 1, math.floor(share * _NUM_BINS))
             counts[int(not kept), place] += 1
         self._offered[kept] += 1
         chosen = self._chosen[kept]
@@ -114,10 +116,14 @@ class ReportBuilder:
             parts += [_figure(judged) for judged in shown] + ["</div>"]
         parts += ["<h2>Thresholds</h2><table>"]
         parts += [
-            f"<tr><td>filter.{html.escape(name)}<td>{html.escape(str(value))}"
-            for name, value in vars(options.thresholds).items()
+            f"<tr><td>filter.{_text(name)}<td>{_text(str(value))}" for name, value in vars(options.thresholds).items()
         ]
         atomic_write_text(path, "\n".join([*parts, "</table></html>"]) + "\n")
+
+
+def _text(text: str) -> str:
+    """What comes from data, as text: names and captions may hold markup, and names what no text can."""
+    return html.escape(escaped(text))
 
 
 def _order(counts: dict[str, np.ndarray]) -> list[str]:
@@ -133,7 +139,7 @@ def _table(report: FilterReport) -> str:
         share = report.num_resampled / total
         rows.append(f"<tr><td>of them at a higher sampling rate<td>{report.num_resampled:,}<td>{share:.1%}<td>")
     for reason, count in report.first.most_common():
-        rows.append(f"<tr><td>{html.escape(reason)}<td>{count:,}<td>{count / total:.1%}<td>{report.all[reason]:,}")
+        rows.append(f"<tr><td>{_text(reason)}<td>{count:,}<td>{count / total:.1%}<td>{report.all[reason]:,}")
     return "\n".join([*rows, "</table>"])
 
 
@@ -154,11 +160,11 @@ def _histogram(name: str, counts: np.ndarray) -> str:
                     f"<rect class={kind} x={place * step:.1f} y={base:.1f} width={step - 0.5:.1f} height={size:.1f} />"
                 )
     return (
-        f"<figure><svg viewBox='0 0 {width:g} {height + 14:g}' width='100%' role=img aria-label='{html.escape(title)}'>"
+        f"<figure><svg viewBox='0 0 {width:g} {height + 14:g}' width='100%' role=img aria-label='{_text(title)}'>"
         f"{''.join(bars)}<line x1=0 x2={width:g} y1={height:g} y2={height:g} stroke='#999'/>"
         f"<text x=0 y={height + 12:g} font-size=10>{low:g}</text>"
         f"<text x={width:g} y={height + 12:g} font-size=10 text-anchor=end>{high:g}</text></svg>"
-        f"<figcaption>{html.escape(title)}</figcaption></figure>"
+        f"<figcaption>{_text(title)}</figcaption></figure>"
     )
 
 
@@ -167,11 +173,11 @@ def _figure(judged: Judged) -> str:
     facts = [f"{name} {value:.3g}" for name, value in judged.values().items()]
     if record.sampling_fps:
         facts.append(f"sampled at {record.sampling_fps:g} fps")
-    why = f"<span class=why>{html.escape(', '.join(judged.reasons))}</span> {html.escape(judged.detail)}<br>"
+    why = f"<span class=why>{_text(', '.join(judged.reasons))}</span> {_text(judged.detail)}<br>"
     return (
         f"<figure><div class=strip>{_thumbnails(judged)}</div><figcaption>{why if judged.reasons else ''}"
-        f"{html.escape(record.caption[:200])}<br>{html.escape(', '.join(facts))}<br>"
-        f"{html.escape(Path(record.video).name)} {record.start_seconds:g} s, {record.clip_id}</figcaption></figure>"
+        f"{_text(record.caption[:200])}<br>{_text(', '.join(facts))}<br>"
+        f"{_text(Path(record.video).name)} {record.start_seconds:g} s, {record.clip_id}</figcaption></figure>"
     )
 
 

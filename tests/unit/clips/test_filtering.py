@@ -12,7 +12,7 @@ import pytest
 
 from exvideo_train.clips import filtering
 from exvideo_train.clips.filtering import filter_dropped_path, filter_manifest, journal_path
-from exvideo_train.clips.judging import FilterOptions
+from exvideo_train.clips.judging import FilterOptions, Judged
 from exvideo_train.clips.record import read_manifest, write_manifest
 from exvideo_train.clips.report import ReportBuilder, report_path
 from exvideo_train.config.clips import FilterThresholds
@@ -107,6 +107,18 @@ def test_every_clip_goes_for_its_own_reason(clips, tmp_path):
     assert "https://" not in page
     assert re.search(r"<tr><td>scene_cut<td>1<td>5.0%", page)
     assert page.count("<svg viewBox") >= 9
+
+
+def test_the_page_shows_markup_and_names_as_text(clip, tmp_path):
+    markup = "<script>alert('x')</script>"
+    record = replace(clip(f"/nowhere/{markup}\udcff\x1b.mp4", 0, 1, markup), scores={markup: 1e9})
+    builder = ReportBuilder(num_shown=2, seed=0)
+    builder.see(Judged(record, [markup], markup), kept=False)
+    builder.write(tmp_path / "page.html", OPTIONS)
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 5
+    assert r"\udcff\x1b.mp4" in page
 
 
 def test_the_result_does_not_depend_on_workers_or_on_being_interrupted(clips, tmp_path, monkeypatch):
