@@ -6,21 +6,19 @@ watches them, and at the end brings the index up to date and reports. It loads n
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from exvideo_train.config.latents import EncodeEngine, EncodeLatents
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_json
-from exvideo_train.geometry import Geometry
 from exvideo_train.latents.launch import Launch, find_launch, share_outcome
 from exvideo_train.latents.plan import (
     Plan,
@@ -38,6 +36,7 @@ from exvideo_train.latents.settings import EncodeSettings, resolve_settings
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.latents.supervise import EncodersDied, Supervisor
 from exvideo_train.latents.work import HEARTBEAT_SECONDS, SILENCE_SECONDS, WorkList
+from exvideo_train.locks import hold
 
 INTERRUPTED_STATUS = 130
 
@@ -63,23 +62,6 @@ def encode_latents(config: EncodeLatents) -> None:
     else:
         share_outcome(launch, None)
         _run_other_rank(settings, launch)
-
-
-def _lock(store_path: Path, geometry: Geometry) -> IO[str]:
-    """The store's lock, held until the file is closed; the system frees it however this process ends."""
-    check_writable(store_path, geometry)
-    try:
-        lock = open(store_path / "reports" / "lock", "a")  # noqa: SIM115 - it is held for the whole run
-    except OSError as error:
-        raise UserError(f"latents={store_path}: {error.filename}: {error.strerror}; make it writable") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError(
-            f"latents={store_path}: another run is encoding into this store; wait for it, or stop it first"
-        ) from None
-    return lock
 
 
 def _plan(config: EncodeLatents, settings: EncodeSettings, store: LatentStore) -> Plan:
@@ -110,14 +92,17 @@ def _prepare(config: EncodeLatents, settings: EncodeSettings, launch: Launch) ->
 
 def _run_first_rank(config: EncodeLatents, settings: EncodeSettings, launch: Launch) -> None:
     began = time.monotonic()
-    try:
-        lock = _lock(settings.store_path, settings.geometry)
-        store, plan = _prepare(config, settings, launch)
-    except UserError as error:
-        share_outcome(launch, str(error))
-        raise
-    share_outcome(launch, None)
-    with lock:
+    path = settings.store_path
+    with ExitStack() as stack:
+        try:
+            check_writable(path, settings.geometry)
+            remedy = "wait until it has encoded its clips, or stop it first"
+            stack.enter_context(hold(path / "reports" / "in_use", f"latents={path}", remedy))
+            store, plan = _prepare(config, settings, launch)
+        except UserError as error:
+            share_outcome(launch, str(error))
+            raise
+        share_outcome(launch, None)
         _encode(config, settings, launch, store, plan, began)
 
 

@@ -31,6 +31,7 @@ from exvideo_train.latents.encoders import TextEncoder, VideoEncoder
 from exvideo_train.latents.launch import Launch
 from exvideo_train.latents.report import totals_to_json
 from exvideo_train.latents.store import LatentStore
+from exvideo_train.locks import hold
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = "data_prep/encode_latents.py"
@@ -171,6 +172,13 @@ def test_second_run_reuses_everything(data, whole, tiny_model_5b, run_command):
     assert "reused       6" in result.stdout
     assert identity(whole[0]) == before
     assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_a_store_that_is_being_encoded_into_is_refused(data, tiny_model_5b, tmp_path):
+    command = arguments(tiny_model_5b, data[0] / "good.jsonl", tmp_path)
+    with hold(tmp_path / "reports" / "in_use", "", ""), pytest.raises(UserError, match=f"process {os.getpid()} on"):
+        run_here(command)
+    assert not (tmp_path / "store.json").exists()
 
 
 def test_dry_run_touches_nothing(data, whole, tiny_model_5b, tmp_path, capsys):
