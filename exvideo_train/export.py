@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exvideo_train.adapters.formats import Adapter, read_adapter, write_adapter
+from exvideo_train.adapters.formats import Adapter, read_adapter, read_provenance, write_adapter
 from exvideo_train.adapters.provenance import make_provenance
 from exvideo_train.config.commands import Export, Weights
 from exvideo_train.entry import run_command
@@ -69,10 +69,8 @@ def _step_of(path: Path) -> int:
 
 
 def _final_step(path: Path) -> int:
-    import json
-
     metadata: Mapping[str, str] = read_safetensors_header(path).get("__metadata__", {})
-    return int(json.loads(metadata.get("exvideo_train", "{}")).get("steps", 0))
+    return int(read_provenance(metadata, str(path)).get("steps", 0))
 
 
 def _from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> tuple[Adapter, Path]:

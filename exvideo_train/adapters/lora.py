@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from exvideo_train.adapters.formats import Adapter
+from exvideo_train.adapters.peft_config import check_alpha
 from exvideo_train.diffusion.objective import generator_for
 from exvideo_train.errors import UserError
 
@@ -50,8 +51,7 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.rank <= 0:
             raise UserError(f"lora.rank={self.rank}: must be positive; 64 is the default of exp=129f")
-        if not self.alpha > 0:
-            raise UserError(f"lora.alpha={self.alpha}: must be positive; alpha equal to rank scales updates by 1")
+        check_alpha(self.alpha, "lora.alpha")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout={self.dropout}: must be at least 0 and below 1")
         if not self.target_modules:

@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import exvideo_train
+from exvideo_train.errors import UserError
+from exvideo_train.files import short
 from exvideo_train.geometry import Geometry
 
 PACKAGE = Path(exvideo_train.__file__).resolve().parent
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+# What each field is, for those who read a file; others may stand there too.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("base_model", "version", "commit", "weights", "adapter_format"), _is_text),
+    **dict.fromkeys(("num_frames", "height", "width", "steps", "rank"), _is_count),
+    **dict.fromkeys(("fps", "alpha"), _is_positive),
+}
+
+
+def check_provenance(content: Mapping[str, Any], path: str) -> None:
+    """Refuse a header whose fields are not what :func:`make_provenance` puts there; ``path`` is named in the error.
+
+    Raises:
+        UserError: a known field has another type or range.
+    """
+    for name, is_right in _FIELDS.items():
+        if name in content and not is_right(content[name]):
+            raise UserError(
+                f"{path}: its header says {name}={short(content[name])}, which is no such value; write the file again"
+            )
 
 
 def make_provenance(base_model: str, geometry: Geometry, steps: int, **more: Any) -> dict[str, Any]:
