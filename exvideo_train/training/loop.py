@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +21,8 @@ from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_text
 from exvideo_train.latents.dataset import TrainingBatch
 from exvideo_train.latents.order import num_video_tokens
-from exvideo_train.parallel.mesh import init_mesh
+from exvideo_train.locks import hold
+from exvideo_train.parallel.mesh import Mesh, init_mesh
 from exvideo_train.training.checkpoint import CheckpointWriter, TrainingState, set_aside_later_checkpoints
 from exvideo_train.training.interruption import RESUME_STATUS, Interruption
 from exvideo_train.training.job import (
@@ -47,24 +50,37 @@ def run(config: Train) -> int:
     logger = RunLogger(Path(config.run_dir), config.logger, plain_config(config), mesh.is_main)
     # Before the watchdog: a first download of the weights takes as long as it takes.
     model_path = check_and_fetch_model(config, mesh)
-    # The watchdog inside: a launcher's signal must not end it before it has named the rank that failed.
-    with (
-        Interruption(config.safety.time_limit_minutes) as interruption,
-        Watchdog(mesh.rank, mesh.world_size, config.safety.rank_timeout_seconds) as watchdog,
-    ):
-        job = prepare(config, mesh, model_path, logger.message, watchdog.beat)
-        trainer = Trainer(job, logger, watchdog, interruption)
-        for line in trainer.describe():
-            logger.message(line)
-        status = 0 if config.dry_run else trainer.train()
-        # Leave together: rank 0 holds the watchdog's store.
-        mesh.barrier()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    if status == 0:
-        # Alone: videos may take longer than ranks wait for one another.
-        trainer.samples.finish()
+    with _run_folder_held(config, mesh):
+        # The watchdog inside: a launcher's signal must not end it before it has named the rank that failed.
+        with (
+            Interruption(config.safety.time_limit_minutes) as interruption,
+            Watchdog(mesh.rank, mesh.world_size, config.safety.rank_timeout_seconds) as watchdog,
+        ):
+            job = prepare(config, mesh, model_path, logger.message, watchdog.beat)
+            trainer = Trainer(job, logger, watchdog, interruption)
+            for line in trainer.describe():
+                logger.message(line)
+            status = 0 if config.dry_run else trainer.train()
+            # Leave together: rank 0 holds the watchdog's store.
+            mesh.barrier()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        if status == 0:
+            # Alone: videos may take longer than ranks wait for one another.
+            trainer.samples.finish()
     return status
+
+
+@contextmanager
+def _run_folder_held(config: Train, mesh: Mesh) -> Iterator[None]:
+    """Rank 0 holds the run folder's lock; a dry run writes nothing and may look at one that is at work."""
+    with ExitStack() as stack:
+        if not config.dry_run:
+            run_dir = Path(config.run_dir)
+            remedy = "wait until it has ended, stop it (SIGTERM saves a checkpoint), or choose another run_dir"
+            lock = hold(run_dir / "in_use", f"run_dir={run_dir}", remedy)
+            mesh.main_first(lambda: stack.enter_context(lock) if mesh.is_main else None)
+        yield
 
 
 @dataclass
