@@ -7,6 +7,7 @@ import sys
 
 from exvideo_train.config.commands import Train
 from exvideo_train.entry import run_command
+from exvideo_train.training.interruption import find_launchers
 
 USAGE = """\
 Train a LoRA that extends a video diffusion model to longer videos, and export it.
@@ -20,6 +21,8 @@ On one GPU `python launch/train.py ...` does too; torchrun and srun work alike (
 
 def train(config: Train) -> None:
     """Run the loop and exit with its status."""
+    # Now: it may be killed while the imports below take their seconds.
+    find_launchers()
     # Ranks of one machine share its cores; PyTorch would start a thread a core in each of them.
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_local_ranks)))

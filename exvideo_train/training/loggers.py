@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,11 @@ class RunLogger:
             atomic_write_text(path, "".join(line + "\n" for line in kept))
 
     def message(self, text: str) -> None:
-        """A line for people."""
+        """A line for people; a console that is gone costs the line, not the checkpoint that is still to be saved."""
         if self.is_main:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with suppress(OSError):
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
         """One JSONL record; numbers go to wandb and TensorBoard too, nested names joined by "/"."""

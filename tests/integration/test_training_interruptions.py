@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,31 @@ def test_a_killed_rank_brings_the_job_down_and_is_named(trained: Trained, tmp_pa
         assert status != 0
         assert "rank 0 ends the job: rank 1 died" in ranks.output(), ranks.tail()
         assert "the same command resumes" in ranks.output()
+
+
+def test_a_killed_launcher_ends_its_ranks_and_nobody_else_takes_their_folder(trained: Trained, tmp_path: Path) -> None:
+    command = overrides(trained, "launcher", "max_steps=100000")
+    with Ranks(command, 2, tmp_path / "log", launcher="deepspeed") as ranks:
+        ranks.wait_for(lambda: last_step(trained, "launcher") > 0, "step")
+        pids = ranks.rank_pids()
+        with Ranks(command, 1, tmp_path / "second.log") as second:
+            assert second.wait(60) == [2], second.tail()
+            assert f"error: run_dir={trained.run_dir('launcher')}: process {pids[0]} on " in second.output()
+            assert "Traceback" not in second.output()
+        # The grandparent of the ranks: their parent lives on.
+        runner = ranks.processes[0].pid
+        os.kill(runner, signal.SIGKILL)
+        try:
+            wait_until_gone(list(pids.values()), 30)
+        finally:
+            for pid in pids.values():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    step = last_step(trained, "launcher")
+    said = f"stopped after step {step} (the launcher, process {runner}, has died); the same command resumes"
+    assert said in ranks.output(), ranks.tail()
+    assert trained.checkpoint("launcher", step).exists()
+    assert not (trained.run_dir("launcher") / "in_use").exists()
 
 
 def test_hanging_ranks_are_named_within_the_time_limit(trained: Trained, tmp_path: Path) -> None:

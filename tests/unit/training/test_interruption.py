@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.processes import ended
 
 from exvideo_train.training.interruption import Interruption
 
@@ -53,6 +54,36 @@ def test_a_second_signal_exits_at_once() -> None:
     assert "still here" not in done.stdout
     assert "finishing the step" in done.stderr
     assert "exiting at once" in done.stderr
+
+
+RANK = """
+import sys, time
+from exvideo_train.training.interruption import Interruption, find_launchers
+with Interruption() as interruption:
+    print(*(launcher.pid for launcher in find_launchers()), flush=True)
+    while not interruption.requested:
+        time.sleep(0.05)
+    print(interruption.reason, flush=True)
+"""
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_launcher_is_a_request_to_stop(victim: int, tmp_path: Path) -> None:
+    """As `deepspeed` starts ranks: a launcher that starts one on each machine. What started it may go."""
+    for name in ("deepspeed", "torchrun", "shell"):
+        (tmp_path / name).write_text(LAUNCHER)
+    command = [tmp_path / "shell", tmp_path / "deepspeed", tmp_path / "torchrun", "-c", RANK]
+    with ended(subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)) as process:
+        assert process.stdout is not None
+        launchers = [int(pid) for pid in process.stdout.readline().split()]
+        shell, *_ = psutil.Process(launchers[0]).parents()[1:]
+        assert shell.pid == process.pid
+        assert psutil.Process(launchers[1]).ppid() == process.pid
+        rank = psutil.Process(launchers[0]).children()[0]
+        os.kill(launchers[victim], signal.SIGKILL)
+        assert process.stdout.readline() == f"the launcher, process {launchers[victim]}, has died\n"
+        rank.wait(20)
 
 
 READER = """
