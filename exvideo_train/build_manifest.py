@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import glob
+import os
+from fnmatch import fnmatch
 from pathlib import Path
 
-from exvideo_train.clips.manifest import (
-    BuildOptions,
-    build_manifest,
-    clear_working_folder,
-    dropped_path,
-    working_folder,
-)
-from exvideo_train.clips.sources.base import Source, videos_folder
+from exvideo_train.clips.manifest import BuildOptions, build_manifest, clear_working_folder
+from exvideo_train.clips.sources.base import Source, metadata_files, videos_folder
 from exvideo_train.clips.sources.folder import CaptionedFolder, CaptionTable
 from exvideo_train.clips.sources.internvid import InternVid
 from exvideo_train.clips.sources.panda70m import Panda70M
 from exvideo_train.clips.sources.video_index import VideoIndex, build_video_index
 from exvideo_train.clips.sources.webdataset import WebDataset
+from exvideo_train.clips.target import dropped_path, hold_target, outputs, working_folder
 from exvideo_train.config.clips import BuildManifest, SourceKind, VideoLayout
 from exvideo_train.entry import run_command
 from exvideo_train.errors import UserError
@@ -34,22 +32,33 @@ python data_prep/build_manifest.py source=folder videos=DIR manifest=clips.jsonl
 def run(config: BuildManifest) -> None:
     """Build the manifest and print what became of the rows."""
     manifest = Path(config.manifest)
-    if manifest.is_dir():
-        raise UserError(f"manifest={manifest} is a folder; give a file name such as {manifest / 'clips.jsonl'}")
     if not config.timeout_seconds > 0:
         raise UserError(f"timeout_seconds={config.timeout_seconds}: must be positive")
     if config.num_workers < 0:
         raise UserError(f"num_workers={config.num_workers}: must be 0 (one a core) or more")
     options = BuildOptions(config.probe, config.num_workers, config.timeout_seconds)
-    try:
-        report = build_manifest(make_source(config, manifest), manifest, options)
-    except UserError:
-        clear_working_folder(manifest)
-        raise
-    except OSError as error:
-        raise UserError(f"{error.filename or manifest}: {error.strerror}; repair it, then run again") from error
+    with hold_target("manifest", manifest, _inputs(config, manifest)):
+        try:
+            report = build_manifest(make_source(config, manifest), manifest, options)
+        except UserError:
+            clear_working_folder(manifest)
+            raise
+        except OSError as error:
+            raise UserError(f"{error.filename or manifest}: {error.strerror}; repair it, then run again") from error
     print("\n".join(report.lines()))
     print(f"manifest: {manifest}\ndropped:  {dropped_path(manifest)}")
+
+
+def _inputs(config: BuildManifest, manifest: Path) -> dict[str, list[Path]]:
+    """Files that are read; of a pattern also what this run would write and the next one read."""
+    if not config.metadata or config.source is SourceKind.webdataset:
+        return {}
+    paths = metadata_files(config.metadata)
+    folder, pattern = os.path.split(config.metadata)
+    folders = [] if Path(config.metadata).exists() else map(os.path.realpath, glob.glob(folder or "."))
+    if os.path.realpath(manifest.parent) in folders:
+        paths += [path for path in outputs(manifest) if fnmatch(path.name, pattern)]
+    return {"metadata": paths}
 
 
 def make_source(config: BuildManifest, manifest: Path) -> Source:

@@ -11,7 +11,7 @@ from exvideo_train.adapters.provenance import make_provenance
 from exvideo_train.config.commands import Export, Weights
 from exvideo_train.entry import run_command
 from exvideo_train.errors import UserError
-from exvideo_train.files import read_safetensors_header
+from exvideo_train.files import read_safetensors_header, refuse_inputs
 from exvideo_train.geometry import Geometry
 from exvideo_train.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_valid_checkpoint
 
@@ -26,8 +26,13 @@ FINAL_ADAPTERS = {Weights.raw: "adapter.safetensors", Weights.ema: "adapter_ema.
 
 def export(config: Export) -> None:
     """Find the adapter in the run folder and write it in the format asked for."""
-    target = Path(config.adapter)
-    adapter, source = find_adapter(Path(config.run_dir), config.weights, config.step)
+    target, run_dir = Path(config.adapter), Path(config.run_dir)
+    # The run's own adapters are the trainer's to write, of the steps that it ends with.
+    finals = [run_dir / name for name in FINAL_ADAPTERS.values()]
+    refuse_inputs("adapter", [target], {"run_dir": [*finals, *(run_dir / "checkpoints").rglob("*")]})
+    if (run_dir / "checkpoints").resolve() in target.resolve().parents:
+        raise UserError(f"adapter={target}: lies among the run's checkpoints; name a file outside")
+    adapter, source = find_adapter(run_dir, config.weights, config.step)
     write_adapter(
         target, config.format.value, adapter.tensors, adapter.rank, adapter.alpha, adapter.targets, adapter.provenance
     )

@@ -10,7 +10,7 @@ import reprlib
 import stat
 import struct
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -54,10 +54,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         os.close(handle)
         temporary = Path(name)
         write(temporary)
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        publish({temporary: path})
         temporary = None
     except OSError as error:
         raise UserError(
@@ -66,6 +63,57 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def publish(finished: Mapping[Path, Path]) -> None:
+    """Flush finished files to disk, then rename each into place, in this order: what the others belong to comes last.
+
+    Args:
+        finished: temporary path and target, on one file system.
+
+    Raises:
+        UserError: a target cannot be written.
+    """
+    reached = next(iter(finished.values()))
+    try:
+        for temporary, target in finished.items():
+            reached = target
+            with open(temporary, "rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.chmod(0o666 & ~_umask())
+        for temporary, target in finished.items():
+            reached = target
+            os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {reached}: {error.strerror or error}; free space or choose a writable folder, then run again"
+        ) from error
+
+
+def refuse_inputs(option: str, outputs: Iterable[Path], inputs: Mapping[str, Iterable[Path]]) -> None:
+    """What a command reads, it must not write, by whatever name or link it is given.
+
+    Args:
+        option: the option that names the outputs.
+        outputs: files that would be written.
+        inputs: files that are read, by the option that names them.
+
+    Raises:
+        UserError: one is both.
+    """
+    read = [(name, path) for name, paths in inputs.items() for path in paths]
+    for output in outputs:
+        for name, path in read:
+            if _is_same_file(output, path):
+                raise UserError(f"{option}= would write {output}, which {name}= reads as {path}; name another file")
+
+
+def _is_same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        # One is not there yet.
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _umask() -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from exvideo_train.config.plan import DeviceKind, Plan
 from exvideo_train.entry import run_command
-from exvideo_train.files import atomic_write_json
+from exvideo_train.files import atomic_write_json, refuse_inputs
 from exvideo_train.parallel.hardware import device_by_name
 from exvideo_train.planning.forecast import disk, find_model, forecast
 from exvideo_train.planning.measures import measures_table
@@ -30,6 +30,9 @@ COMPARED = (DeviceKind.a100_80gb, DeviceKind.h100, DeviceKind.h200)
 def plan(config: Plan) -> None:
     """Print the plan, and write it as JSON if asked."""
     model = find_model(config)
+    if config.json:
+        model_files = Path(config.model.path).expanduser().rglob("*")
+        refuse_inputs("json", [Path(config.json)], {"model.path": model_files})
     if config.measures:
         added, without = measures_table(config, model)
         print(measures_text(config, added, without, device_by_name(config.device.value).memory_gib))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from exvideo_train.config.commands import Sample
 from exvideo_train.entry import run_command
 from exvideo_train.errors import UserError
+from exvideo_train.files import refuse_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,8 @@ def sample(config: Sample) -> None:
     )
     output = Path(config.output)
     prepare_folder(output)
+    inputs = {"adapter": config.adapter, "prompts_file": config.prompts_file}
+    refuse_inputs("output", output.iterdir(), {name: [Path(path)] for name, path in inputs.items() if path})
     print(f"{len(prompts)} prompts x {len(sampling.variants)} videos of {geometry.name} on {device}", flush=True)
     writer = SampleWriter(output, sampling)
     for video in sample_videos(sampling, prompts):

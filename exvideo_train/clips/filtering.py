@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,8 +22,12 @@ from exvideo_train.clips.duplicates import first_alike
 from exvideo_train.clips.judging import FilterOptions, Judged, judge_clips
 from exvideo_train.clips.quality import ClipMeasures
 from exvideo_train.clips.record import parse_record
+from exvideo_train.clips.target import dropped_path, failed_path, measures_path, report_path
 from exvideo_train.errors import UserError
-from exvideo_train.files import atomic_write
+from exvideo_train.files import publish
+
+if TYPE_CHECKING:
+    from exvideo_train.clips.report import ReportBuilder
 
 EXACT_DUPLICATE = "exact_duplicate"
 NEAR_DUPLICATE = "near_duplicate"
@@ -56,65 +60,75 @@ class FilterReport:
         return [f"{name:<{width}}  {count:>10,}  {share:>6}  {note}".rstrip() for name, count, share, note in rows]
 
 
-def journal_path(output: Path) -> Path:
-    """Measures of all clips judged so far; kept after the run, so that other thresholds cost no decoding."""
-    return output.with_name(f"{output.stem}.measures.sqlite")
+def filter_manifest(
+    manifest: Path, output: Path, options: FilterOptions, page: ReportBuilder | None = None
+) -> FilterReport:
+    """Write the kept clips, the list of dropped ones and the page; all replace older ones when they are whole.
 
-
-def filter_dropped_path(output: Path) -> Path:
-    """The list of dropped clips with their reasons."""
-    return output.with_name(f"{output.stem}.dropped.jsonl")
-
-
-def filter_manifest(manifest: Path, output: Path, options: FilterOptions, see: Any = None) -> FilterReport:
-    """Write the kept clips and the list of dropped ones; both appear whole or not at all.
+    The caller holds the target (`exvideo_train.clips.target.hold_target`).
 
     Args:
         manifest: clips to choose from.
         output: manifest of the kept clips.
         options: thresholds.
-        see: called with (Judged, kept) for every clip, e.g. to draw a report.
+        page: sees every clip and draws the report.
 
     Raises:
-        UserError: the manifest is missing or malformed, or no clip is kept.
+        UserError: the manifest is missing or malformed, or no clip is kept: then list and page are written all the
+            same, beside those of a result that is there already.
     """
-    if output.resolve() == manifest.resolve():
-        raise UserError(f"output={output} is the manifest itself; give another file")
-    verdicts = output.with_name(f".{output.name}.filtering")
-    hashes, digests = bytearray(), bytearray()
+    folder = output.with_name(f".{output.name}.filter")
+    kept, dropped, drawn, verdicts = (folder / name for name in ("kept", "dropped", "page", "verdicts"))
+    report = FilterReport()
     try:
-        with open(verdicts, "w", encoding="utf-8") as stream:
-            for judged in judge_clips(manifest, journal_path(output), options):
-                stream.write(_to_text(judged) + "\n")
-                if not judged.reasons and judged.measures:
-                    hashes += bytes.fromhex(judged.measures.hash_hex)
-                    digests += bytes.fromhex(judged.digest)
-        originals = _duplicates(hashes, digests, options.thresholds.near_duplicate_distance)
-        report = FilterReport()
-        sink = partial(_write_outcome, verdicts=verdicts, originals=originals, report=report, see=see)
-        atomic_write(output, lambda kept: atomic_write(filter_dropped_path(output), partial(sink, kept)))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        originals = _judge(manifest, measures_path(output), options, verdicts)
+        _write_outcome(kept, dropped, verdicts, originals, report, page)
+        lists = output if report.num_kept else failed_path(output)
+        finished = {dropped: dropped_path(lists)}
+        if page is not None:
+            page.write(drawn, options, report)
+            finished[drawn] = report_path(lists)
+        publish({**finished, kept: output} if report.num_kept else finished)
     except OSError as error:
         raise UserError(f"output={output}: cannot write: {error.strerror}; choose a writable folder") from error
     finally:
-        verdicts.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     if not report.num_kept:
-        output.unlink()
         counts = ", ".join(f"{reason} {count}" for reason, count in report.first.most_common())
         raise UserError(
-            f"output={output}: no clip passes the filters ({counts}); loosen filter.* after a look at the report and "
-            f"at {filter_dropped_path(output)}"
+            f"output={output}: no clip passes the filters ({counts}); loosen filter.* after a look at "
+            f"{' and '.join(str(path) for path in reversed(finished.values()))}"
         )
     return report
 
 
+def _judge(manifest: Path, journal: Path, options: FilterOptions, verdicts: Path) -> Iterator[str]:
+    """Write what is found of every clip; returns for each passing one in order whether it is a duplicate."""
+    hashes, digests = bytearray(), bytearray()
+    with open(verdicts, "w", encoding="utf-8") as stream:
+        for judged in judge_clips(manifest, journal, options):
+            stream.write(_to_text(judged) + "\n")
+            if not judged.reasons and judged.measures:
+                hashes += bytes.fromhex(judged.measures.hash_hex)
+                digests += bytes.fromhex(judged.digest)
+    return _duplicates(hashes, digests, options.thresholds.near_duplicate_distance)
+
+
 def _write_outcome(
-    kept_path: Path, dropped_path: Path, verdicts: Path, originals: Iterator[str], report: FilterReport, see: Any
+    kept_to: Path,
+    dropped_to: Path,
+    verdicts: Path,
+    originals: Iterator[str],
+    report: FilterReport,
+    page: ReportBuilder | None,
 ) -> None:
     seen_ids: set[bytes] = set()
     with (
         open(verdicts, encoding="utf-8") as lines,
-        open(kept_path, "w", encoding="utf-8") as kept,
-        open(dropped_path, "w", encoding="utf-8") as dropped,
+        open(kept_to, "w", encoding="utf-8") as kept,
+        open(dropped_to, "w", encoding="utf-8") as dropped,
     ):
         for line in lines:
             judged = _from_text(line)
@@ -135,8 +149,8 @@ def _write_outcome(
                 report.num_kept += 1
                 report.num_resampled += judged.record.sampling_fps is not None
                 kept.write(judged.record.to_json() + "\n")
-            if see is not None:
-                see(judged, not judged.reasons)
+            if page is not None:
+                page.see(judged, not judged.reasons)
 
 
 def _duplicates(hashes: bytearray, digests: bytearray, max_distance: int) -> Iterator[str]:

@@ -25,9 +25,10 @@ from exvideo_train.clips.probing import probe_videos
 from exvideo_train.clips.record import ClipRecord, parse_record
 from exvideo_train.clips.sorting import merge_runs, write_run
 from exvideo_train.clips.sources.base import KEPT_REASONS, Dropped, RawRows, Source
+from exvideo_train.clips.target import dropped_path, failed_path, working_folder
 from exvideo_train.clips.workers import Failed, parallel_map
 from exvideo_train.errors import UserError
-from exvideo_train.files import atomic_write
+from exvideo_train.files import publish
 
 DUPLICATE = "duplicate"
 # Sorting key and content of a line in a run; both are free of control characters.
@@ -68,16 +69,6 @@ class BuildOptions:
     progress: bool = True
 
 
-def dropped_path(manifest: Path) -> Path:
-    """The list of what did not enter a manifest, beside it."""
-    return manifest.with_name(f"{manifest.stem}.dropped.jsonl")
-
-
-def working_folder(manifest: Path) -> Path:
-    """Temporary files of a manifest in the making, beside it; removed when it is finished."""
-    return manifest.with_name(f".{manifest.name}.building")
-
-
 def clear_working_folder(manifest: Path) -> None:
     """Remove a manifest's temporary files, all but the journal of probes, which the next attempt goes on from."""
     folder = working_folder(manifest)
@@ -93,9 +84,10 @@ def clear_working_folder(manifest: Path) -> None:
 
 
 def build_manifest(source: Source, manifest: Path, options: BuildOptions) -> ManifestReport:
-    """Write the manifest of a data set and the list of its drops; both appear whole or not at all.
+    """Write the manifest of a data set and the list of its drops; both replace older ones when they are whole.
 
-    A run that was killed is continued by the same call: videos probed already are not opened again.
+    The caller holds the target (`exvideo_train.clips.target.hold_target`). A run that was killed is continued
+    by the same call: videos probed already are not opened again.
 
     Args:
         source: the data set.
@@ -117,29 +109,29 @@ def build_manifest(source: Source, manifest: Path, options: BuildOptions) -> Man
     report = ManifestReport()
     num_rows = _write_runs(source, runs, options)
     drops: list[Path] = sorted(runs.glob("dropped-*"))
-    late_drops = folder / "late_drops.jsonl"
-    clips = merge_runs(sorted(runs.glob("clips-*")), runs)
+    late_drops, clips, dropped = folder / "late_drops.jsonl", folder / "clips.jsonl", folder / "dropped.jsonl"
+    rows = merge_runs(sorted(runs.glob("clips-*")), runs)
     with open(late_drops, "w", encoding="utf-8") as late:
-        lines = _without_duplicates(clips, report, late)
+        lines = _without_duplicates(rows, report, late)
         if options.probe:
             lines = _probed(lines, source.may_be_cut, folder / _PROBES, options, report, late)
         bar = tqdm(lines, "writing clips", num_rows, unit="clip", unit_scale=True, disable=not options.progress)
-        atomic_write(manifest, partial(_write_clips, lines=bar, report=report))
-    atomic_write(
-        dropped_path(manifest), partial(_write_drops, drops=drops, late=late_drops, folder=runs, report=report)
-    )
+        _write_clips(clips, bar, report)
+    _write_drops(dropped, drops, late_drops, runs, report)
     if report.num_clips == 0:
-        manifest.unlink()
-        raise UserError(_why_empty(manifest, report))
+        listed = dropped_path(failed_path(manifest))
+        publish({dropped: listed})
+        raise UserError(_why_empty(manifest, listed, report))
+    publish({dropped: dropped_path(manifest), clips: manifest})
     shutil.rmtree(folder)
     return report
 
 
-def _why_empty(manifest: Path, report: ManifestReport) -> str:
+def _why_empty(manifest: Path, listed: Path, report: ManifestReport) -> str:
     counts = ", ".join(f"{reason} {count}" for reason, count in report.dropped.most_common()) or "no rows"
     return (
-        f"manifest={manifest}: no clip can be used ({counts}; listed in {dropped_path(manifest)}). Check that videos= "
-        "is the folder whose files are named by the ids in metadata=; output of video2dataset needs source=webdataset"
+        f"manifest={manifest}: no clip can be used ({counts}; listed in {listed}). Check that videos= is the folder "
+        "whose files are named by the ids in metadata=; output of video2dataset needs source=webdataset"
     )
 
 

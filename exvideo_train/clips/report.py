@@ -19,7 +19,6 @@ from exvideo_train.clips.container import UnreadableClip
 from exvideo_train.clips.filtering import FilterReport
 from exvideo_train.clips.judging import FilterOptions, Judged
 from exvideo_train.clips.pyav_frames import iter_frames
-from exvideo_train.files import atomic_write_text
 from exvideo_train.terminal import escaped
 
 _NUM_BINS = 40
@@ -47,11 +46,6 @@ table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:ri
 figure{margin:0}figcaption{font-size:12px;color:#444;overflow-wrap:anywhere}.strip{display:flex;gap:2px}
 .strip img{width:33%;height:auto}.why{color:#a3230b;font-weight:600}.kept{fill:#2a78b5}.dropped{fill:#d9a08a}
 """
-
-
-def report_path(output: Path) -> Path:
-    """The page of a filter run, beside its manifest."""
-    return output.with_name(f"{output.stem}.report.html")
 
 
 @dataclass
@@ -89,11 +83,11 @@ class ReportBuilder:
         elif (place := self._random.randrange(self._offered[kept])) < self.num_shown:
             chosen[place] = judged
 
-    def write(self, path: Path, options: FilterOptions, report: FilterReport | None = None) -> None:
+    def write(self, path: Path, options: FilterOptions, report: FilterReport) -> None:
         """Draw the page.
 
         Raises:
-            UserError: it cannot be written.
+            OSError: it cannot be written.
         """
         geometry = options.geometry
         parts = [
@@ -103,9 +97,9 @@ class ReportBuilder:
             f"<h1>Clips for {geometry.name}</h1>",
             f"<p>{self.num_seen:,} clips judged, {self._offered[True]:,} kept. A clip needs "
             f"{geometry.duration_seconds:g} s at {geometry.fps:g} frames a second.</p>",
+            "<h2>Kept and dropped</h2>",
+            _table(report),
         ]
-        if report is not None:
-            parts += ["<h2>Kept and dropped</h2>", _table(report)]
         parts += ["<h2>Measures</h2><p><svg width=12 height=12><rect class=kept width=12 height=12 /></svg> kept "]
         parts += ["<svg width=12 height=12><rect class=dropped width=12 height=12 /></svg> dropped</p>"]
         parts += ["<div class=charts>", *(_histogram(name, self._counts[name]) for name in _order(self._counts))]
@@ -118,7 +112,7 @@ class ReportBuilder:
         parts += [
             f"<tr><td>filter.{_text(name)}<td>{_text(str(value))}" for name, value in vars(options.thresholds).items()
         ]
-        atomic_write_text(path, "\n".join([*parts, "</table></html>"]) + "\n")
+        path.write_text("\n".join([*parts, "</table></html>"]) + "\n", encoding="utf-8")
 
 
 def _text(text: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from exvideo_train.backbones.hub import resolve_model_path
 from exvideo_train.config.latents import EncodeLatents
 from exvideo_train.errors import UserError
+from exvideo_train.files import refuse_inputs
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.decode import DecodeOptions
 from exvideo_train.latents.fingerprint import (
@@ -93,6 +94,7 @@ def resolve_settings(config: EncodeLatents, num_local_encoders: int) -> EncodeSe
             raise UserError(f"{name}={getattr(config, name)}: must be 0 or more")
     if not Path(config.manifest).is_file():
         raise UserError(f"manifest={config.manifest} does not exist; write it with data_prep/build_manifest.py")
+    refuse_inputs("latents", [Path(config.latents) / "index.jsonl"], {"manifest": [Path(config.manifest)]})
     geometry = config.geometry
     find_model = _cached_model_path if config.dry_run else resolve_model_path
     model_path = find_model(config.model.path, config.model.revision, ("vae", "text_encoder", "tokenizer"))

@@ -1,17 +1,33 @@
-"""Manifests and journals of a wrong shape."""
+"""Commands: manifests and journals of a wrong shape, targets that are inputs, mistaken reruns, two runs at once."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import socket
 import sqlite3
+import subprocess
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import pytest
+from conftest import command_environment, command_line
 from support.attacks import Attack, attacks, check_ending, held, refused
+from support.processes import ended
 
+from exvideo_train import build_manifest, export, filter_clips, locks, plan, sample
 from exvideo_train.clips.bounds import MAX_DEPTH, MAX_LINE_BYTES
 from exvideo_train.clips.journal import Journal
 from exvideo_train.clips.probing import probe_videos
 from exvideo_train.clips.record import ClipRecord, read_manifest
+from exvideo_train.config.clips import BuildManifest, FilterClips
+from exvideo_train.config.commands import Export, Sample
+from exvideo_train.config.latents import EncodeLatents
+from exvideo_train.config.plan import Plan
+from exvideo_train.entry import compose_config, to_dataclass
+from exvideo_train.latents.settings import resolve_settings
 
 RECORD = ClipRecord("a" * 32, "folder", "/videos/x.mp4", 0.0, 5.0, "words of a caption")
 
@@ -123,3 +139,202 @@ def test_journals(attack: Attack, tmp_path: Path) -> None:
     check_ending(attack, probe)
     if attack.says and path.is_file():
         assert path.read_bytes() == before, "what is not ours is left as it is"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What lies in a folder, links as what they point to."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def internvid_row(video_id: str, start: float = 0, length: float = 4) -> str:
+    span = {"Start_timestamp": f"00:00:{start:06.3f}", "End_timestamp": f"00:00:{start + length:06.3f}"}
+    return json.dumps({"YoutubeID": video_id, **span, "Caption": "a rabbit comes out of its hole"}) + "\n"
+
+
+COMMANDS: dict[str, Any] = {
+    "build_manifest": (BuildManifest, build_manifest.run),
+    "filter_clips": (FilterClips, filter_clips.run),
+    "export": (Export, export.export),
+    "sample": (Sample, sample.sample),
+    "plan": (Plan, plan.plan),
+    "encode_latents": (EncodeLatents, lambda config: resolve_settings(config, 1)),
+}
+OPTIONS = {
+    "build_manifest": ["source=internvid", "metadata=M.jsonl", "videos=videos", "probe=false", "num_workers=1"],
+    "filter_clips": [
+        *("+exp=129f", "num_frames=9", "height=96", "width=144", "num_workers=1", "manifest=clips.jsonl"),
+        *("contact_sheet_clips=1", "filter.min_motion=0"),
+    ],
+    "export": ["run_dir=run"],
+    "sample": ["+exp=demo", "model.path=model", "prompts_file=prompts.txt", "output=."],
+    "plan": ["+exp=demo", "model.path=model"],
+    "encode_latents": ["+exp=demo", "model.path=model", "manifest=clips.jsonl", "latents=store"],
+}
+
+
+def run(command: str, *options: str) -> None:
+    """A command with the options of `OPTIONS` and others, in this process and working directory."""
+    config_class, main = COMMANDS[command]
+    main(to_dataclass(compose_config(command, [*OPTIONS[command], *options], config_class), config_class))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, clip_path: Path, tiny_model_5b: Path) -> Path:
+    """A folder with inputs, links to them, and results of both data commands."""
+    folder = tmp_path_factory.mktemp("finished")
+    # Judged once: the videos' names and times stay the same in every copy of the folder.
+    videos = tmp_path_factory.mktemp("videos")
+    for name in ("first______", "second_____"):
+        shutil.copy(clip_path, videos / f"{name}.mp4")
+    (folder / "videos").symlink_to(videos)
+    (folder / "M.jsonl").write_text(
+        internvid_row("first______") + internvid_row("second_____", length=0.5) + internvid_row("nowhere____")
+    )
+    for name in ("lora", "adam"):
+        (folder / "run" / "checkpoints" / "step_00000001").mkdir(parents=True, exist_ok=True)
+        (folder / "run" / "checkpoints" / "step_00000001" / f"{name}.safetensors").write_text("weights")
+    (folder / "prompts.txt").write_text("a rabbit\n")
+    (folder / "model").symlink_to(tiny_model_5b)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("build_manifest", "manifest=clips.jsonl")
+        run("filter_clips", "output=kept.jsonl")
+    assert {path.name for path in folder.glob("kept*")} == {
+        *("kept.jsonl", "kept.dropped.jsonl", "kept.report.html", "kept.measures.sqlite")
+    }
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as working directory."""
+    copy = tmp_path / "data"
+    shutil.copytree(finished, copy, symlinks=True)
+    monkeypatch.chdir(copy)
+    Path("here").symlink_to(".")
+    for name in ("M", "clips"):
+        os.link(f"{name}.jsonl", f"hard_{name}.jsonl")
+        Path(f"link_{name}.jsonl").symlink_to(f"{name}.jsonl")
+    os.link("M.jsonl", "x.dropped.jsonl")
+    os.link("clips.jsonl", "y.dropped.jsonl")
+    os.link("clips.jsonl", "z.report.html")
+    os.link("clips.jsonl", "w.measures.sqlite")
+    os.link("prompts.txt", "000_frames.png")
+    Path("samples.json").symlink_to("prompts.txt")
+    Path("link_run").symlink_to("run")
+    Path("store").mkdir()
+    os.link("clips.jsonl", "store/index.jsonl")
+    return copy
+
+
+SILENT: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+CHECKPOINT = "run/checkpoints/step_00000001"
+IS_INPUT = [
+    *[
+        refused(f"build_manifest {option}", ("build_manifest", option), "manifest= would write", "metadata= reads")
+        for option in (
+            *("manifest=M.jsonl", "manifest=./run/../M.jsonl", "manifest=here/M.jsonl", "manifest=hard_M.jsonl"),
+            *("manifest=link_M.jsonl", "manifest=x.jsonl"),
+        )
+    ],
+    *[
+        refused(f"build_manifest {pattern}", ("build_manifest", f"metadata={pattern}", target), "metadata= reads")
+        for pattern, target in (
+            ("*.jsonl", "manifest=new.jsonl"),
+            ("here/*.jsonl", "manifest=new.jsonl"),
+            ("M*.jsonl", "manifest=here/M2.jsonl"),
+            ("*.dropped.jsonl", "manifest=new.jsonl"),
+        )
+    ],
+    refused("build_manifest a.mp4", ("build_manifest", "manifest=videos/first______.mp4"), "must end in .jsonl"),
+    refused("build_manifest a.tar", ("build_manifest", "manifest=a.tar"), "must end in .jsonl"),
+    refused("build_manifest a folder", ("build_manifest", "manifest=videos"), "is a folder"),
+    *[
+        refused(f"filter_clips {option}", ("filter_clips", option), "output= would write", "manifest= reads")
+        for option in (
+            *("output=clips.jsonl", "output=./clips.jsonl", "output=here/clips.jsonl", "output=hard_clips.jsonl"),
+            *("output=link_clips.jsonl", "output=y.jsonl", "output=z.jsonl", "output=w.jsonl"),
+        )
+    ],
+    refused("filter_clips dropped list", ("filter_clips", "manifest=kept.dropped.jsonl", "output=kept.jsonl"), "reads"),
+    refused("filter_clips a folder", ("filter_clips", "output=videos"), "is a folder"),
+    refused("filter_clips kept.csv", ("filter_clips", "output=kept.csv"), "must end in .jsonl"),
+    *[
+        refused(f"export {path}", ("export", f"adapter={path}"), "adapter=")
+        for path in (
+            *("run/adapter.safetensors", "link_run/adapter_ema.safetensors", f"{CHECKPOINT}/lora.safetensors"),
+            *(
+                f"link_{CHECKPOINT}/lora.safetensors",
+                f"{CHECKPOINT}/ema.safetensors",
+                f"./{CHECKPOINT}/new/a.safetensors",
+            ),
+        )
+    ],
+    refused("sample", ("sample",), "output= would write", "prompts_file= reads"),
+    refused("plan", ("plan", "json=model/transformer/config.json"), "json= would write", "model.path= reads"),
+    refused("encode_latents", ("encode_latents",), "latents= would write store/index.jsonl", "manifest= reads"),
+]
+
+
+@attacks(IS_INPUT)
+def test_inputs_are_never_outputs(attack: Attack, folder: Path) -> None:
+    before = files_of(folder)
+    check_ending(attack, lambda: run(*attack.content) or {})
+    assert files_of(folder) == before
+
+
+BUILD, FILTER = ("build_manifest", "manifest=clips.jsonl"), ("filter_clips", "output=kept.jsonl")
+RERUNS = [
+    refused("no videos there", (*BUILD, "videos=run"), "no video file"),
+    refused("other videos", (*BUILD, "videos=other"), "no clip can be used", "missing 3", "clips.failed.dropped"),
+    refused("no folder", (*BUILD, "videos=nowhere"), "not a folder"),
+    refused("other metadata", (*BUILD, "metadata=prompts.txt"), "no clip can be used"),
+    refused("nothing kept", (*FILTER, "filter.min_short_side=5000"), "too_small 1", "kept.failed.report"),
+    refused("no manifest", (*FILTER, "manifest=nowhere.jsonl"), "does not exist"),
+    refused("broken manifest", (*FILTER, "manifest=prompts.txt"), "line 1"),
+]
+
+
+@attacks(RERUNS)
+def test_a_mistaken_rerun_leaves_the_good_result(attack: Attack, folder: Path) -> None:
+    (folder / "other").mkdir()
+    (folder / "other" / "another____.mp4").write_bytes(b"x")
+    before = files_of(folder)
+    check_ending(attack, lambda: run(*attack.content) or {})
+    # What went wrong is listed beside it.
+    assert before == {name: content for name, content in files_of(folder).items() if ".failed." not in name}
+    with sqlite3.connect(folder / "kept.measures.sqlite") as journal:
+        assert journal.execute("SELECT count(*) FROM found").fetchone() == (1,)
+
+
+@pytest.mark.parametrize(("command", "target"), [("build_manifest", "manifest"), ("filter_clips", "output")])
+def test_a_target_in_work_is_refused_by_host_and_pid(command: str, target: str, folder: Path) -> None:
+    before = files_of(folder)
+    path = "clips.jsonl" if command == "build_manifest" else "kept.jsonl"
+    # Through another path to the same file.
+    arguments = [f"data_prep/{command}.py", *OPTIONS[command], f"{target}=here/{path}"]
+    with locks.hold(folder / f".{path}.lock", f"{target}={path}", "wait"):
+        done = subprocess.run(
+            command_line(arguments), env=command_environment(), capture_output=True, text=True, timeout=120, cwd=folder
+        )
+    assert done.returncode == 2, done.stderr
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    assert f"error: {target}=here/{path}: {holder}" in done.stderr
+    assert files_of(folder) == before
+
+
+def test_two_builds_of_one_manifest_leave_it_whole(folder: Path) -> None:
+    Path("many.jsonl").write_text("".join(internvid_row("first______", number / 1000) for number in range(20_000)))
+    arguments = ["data_prep/build_manifest.py", *OPTIONS["build_manifest"], "metadata=many.jsonl", "manifest=new.jsonl"]
+    with ExitStack() as stack:
+        builds = [
+            stack.enter_context(
+                ended(subprocess.Popen(command_line(arguments), env=command_environment(), cwd=folder, **SILENT))
+            )
+            for _ in range(3)
+        ]
+        ends = [(build.communicate(timeout=240)[1], build.returncode) for build in builds]
+    assert {status for _, status in ends} == {0, 2}, ends
+    assert all("at work in it" in text for text, status in ends if status)
+    assert len(list(read_manifest(Path("new.jsonl")))) == 20_000
+    assert {path.name for path in folder.glob(".*")} == set()

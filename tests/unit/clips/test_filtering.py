@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from exvideo_train.clips import filtering
-from exvideo_train.clips.filtering import filter_dropped_path, filter_manifest, journal_path
+from exvideo_train.clips.filtering import FilterReport, filter_manifest
 from exvideo_train.clips.judging import FilterOptions, Judged
 from exvideo_train.clips.record import read_manifest, write_manifest
-from exvideo_train.clips.report import ReportBuilder, report_path
+from exvideo_train.clips.report import ReportBuilder
+from exvideo_train.clips.target import dropped_path, measures_path, report_path
 from exvideo_train.config.clips import FilterThresholds
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
@@ -79,20 +80,17 @@ def clips(video, clip, tmp_path_factory) -> Path:
 
 
 def reasons_of(output: Path) -> dict[str, str]:
-    return {
-        line["video"]: line["reason"] for line in map(json.loads, filter_dropped_path(output).read_text().splitlines())
-    }
+    return {line["video"]: line["reason"] for line in map(json.loads, dropped_path(output).read_text().splitlines())}
 
 
 def test_every_clip_goes_for_its_own_reason(clips, tmp_path):
     output = tmp_path / "kept.jsonl"
-    builder = ReportBuilder(num_shown=4, seed=0)
-    report = filter_manifest(clips, output, OPTIONS, builder.see)
+    report = filter_manifest(clips, output, OPTIONS, ReportBuilder(num_shown=4, seed=0))
     kept = list(read_manifest(output))
     assert [record.caption for record in kept] == ["the good clip", "the second clip"]
     assert (kept[0].fps, kept[0].width, kept[0].height, kept[0].codec) == (25.0, WIDTH, HEIGHT, "h264")
     assert kept[0].duration_seconds == pytest.approx(2.4)
-    dropped = [json.loads(line) for line in filter_dropped_path(output).read_text().splitlines()]
+    dropped = [json.loads(line) for line in dropped_path(output).read_text().splitlines()]
     for line in dropped:
         if Path(line["video"]).stem not in ("good", "copy"):
             assert line["reason"] == Path(line["video"]).stem, line
@@ -101,7 +99,6 @@ def test_every_clip_goes_for_its_own_reason(clips, tmp_path):
     assert set(report.first) == expected
     assert report.num_kept + sum(report.first.values()) == report.num_clips == 20
     assert report.first["too_short"] == 2
-    builder.write(report_path(output), OPTIONS, report)
     page = report_path(output).read_text()
     assert page.count("data:image/jpeg") >= 6
     assert "https://" not in page
@@ -114,7 +111,7 @@ def test_the_page_shows_markup_and_names_as_text(clip, tmp_path):
     record = replace(clip(f"/nowhere/{markup}\udcff\x1b.mp4", 0, 1, markup), scores={markup: 1e9})
     builder = ReportBuilder(num_shown=2, seed=0)
     builder.see(Judged(record, [markup], markup), kept=False)
-    builder.write(tmp_path / "page.html", OPTIONS)
+    builder.write(tmp_path / "page.html", OPTIONS, FilterReport())
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 5
@@ -139,13 +136,13 @@ def test_the_result_does_not_depend_on_workers_or_on_being_interrupted(clips, tm
     assert not two.exists()
     filter_manifest(clips, two, OPTIONS)
     assert one.read_bytes() == two.read_bytes()
-    assert filter_dropped_path(one).read_bytes() == filter_dropped_path(two).read_bytes()
+    assert dropped_path(one).read_bytes() == dropped_path(two).read_bytes()
 
 
 def test_other_thresholds_decode_nothing_again(clips, tmp_path, monkeypatch):
     output = tmp_path / "kept.jsonl"
     filter_manifest(clips, output, OPTIONS)
-    size = journal_path(output).stat().st_size
+    size = measures_path(output).stat().st_size
 
     # Workers are new processes: only what is sent to them can tell whether anything was asked for.
     def no_tasks(function, tasks, *rest, **settings):
@@ -158,7 +155,7 @@ def test_other_thresholds_decode_nothing_again(clips, tmp_path, monkeypatch):
     captions = " ".join(record.caption for record in _kept(clips, output, loose))
     assert "scene_cut" in captions
     assert "frozen" in captions
-    assert journal_path(output).stat().st_size == size
+    assert measures_path(output).stat().st_size == size
 
 
 def _kept(clips: Path, output: Path, options: FilterOptions):
@@ -183,9 +180,4 @@ def test_nothing_kept_is_an_error_that_counts(clips, tmp_path):
     with pytest.raises(UserError, match=r"no clip passes the filters \(.*too_short"):
         filter_manifest(clips, output, replace(OPTIONS, geometry=Geometry(129, 96, 144, 8)))
     assert not output.exists()
-    assert filter_dropped_path(output).exists()
-
-
-def test_the_manifest_itself_is_not_overwritten(clips):
-    with pytest.raises(UserError, match="is the manifest itself"):
-        filter_manifest(clips, clips, OPTIONS)
+    assert dropped_path(output).exists()

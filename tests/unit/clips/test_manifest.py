@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from exvideo_train.clips import manifest as manifest_module
-from exvideo_train.clips.manifest import BuildOptions, build_manifest, dropped_path, working_folder
+from exvideo_train.clips.manifest import BuildOptions, build_manifest
 from exvideo_train.clips.record import make_clip_id, read_manifest
 from exvideo_train.clips.sorting import merge_runs, write_run
 from exvideo_train.clips.sources import text_files
 from exvideo_train.clips.sources.folder import CaptionedFolder
 from exvideo_train.clips.sources.internvid import InternVid
 from exvideo_train.clips.sources.video_index import build_video_index
+from exvideo_train.clips.target import dropped_path, working_folder
 from exvideo_train.errors import UserError
 
 QUIET = BuildOptions(probe=True, num_workers=2, timeout_seconds=30, progress=False)
@@ -158,7 +159,8 @@ def test_probing_is_not_done_again_after_a_kill(clip_path, tmp_path, monkeypatch
         patch.setattr(manifest_module, "dropped_path", killed)
         with pytest.raises(KeyboardInterrupt):
             build_manifest(source, manifest, QUIET)
-    first = manifest.read_bytes()
+    assert not manifest.exists()
+    first = (working_folder(manifest) / "clips.jsonl").read_bytes()
     # Same size and time, other content: only who opens the file again would notice.
     for path in videos.iterdir():
         status = path.stat()

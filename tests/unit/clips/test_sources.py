@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from exvideo_train.clips.manifest import BuildOptions, build_manifest, dropped_path
+from exvideo_train.clips.manifest import BuildOptions, build_manifest
 from exvideo_train.clips.record import ClipRecord, make_clip_id
 from exvideo_train.clips.sources.base import Dropped, Source, parse_timestamp
 from exvideo_train.clips.sources.folder import CaptionedFolder, CaptionTable
@@ -17,6 +17,7 @@ from exvideo_train.clips.sources.internvid import InternVid
 from exvideo_train.clips.sources.panda70m import Panda70M, parse_list, parse_spans
 from exvideo_train.clips.sources.video_index import VideoIndex, build_video_index
 from exvideo_train.clips.sources.webdataset import WebDataset
+from exvideo_train.clips.target import dropped_path
 from exvideo_train.errors import UserError
 
 # Lines as the data sets publish them.
