@@ -1,10 +1,11 @@
-"""Kill -9 encode_latents at random moments, again and again, and compare the store with an uninterrupted one.
+"""Kill -9 encode_latents at random moments, again and again, and compare the stores with an uninterrupted one.
 
     python benchmarks/kill_encoding.py --kills 20
 
-Two decoding processes, one encoder, tiny model, CPU. Every other kill hits the coordinator alone, the rest the whole
-process group; while they start, between clips, or within the writing of one. The stores must be equal byte for byte.
-Exit status 1 when they are not.
+Two runs side by side on one machine, each into a store of its own, with two decoding processes, one encoder, tiny
+model, CPU. Every other kill hits the coordinator alone, the rest the whole process group; while they start, between
+clips, or within the writing of one. Half of the times two runs start at once into the one store: one of them must be
+refused, the other is killed. The stores must be equal byte for byte. Exit status 1 when they are not.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Of a busy machine; an idle one needs seconds.
 PATIENCE_SECONDS = 300
+STORES = ("first", "second")
+REFUSED_STATUS = 2
 
 
 def write_clips(folder: Path, num_clips: int) -> None:
@@ -77,10 +81,22 @@ def num_latents(store: Path) -> int:
     return len(list(store.glob("clips/*/*/[!.]*.safetensors")))
 
 
-def kill_once(folder: Path, store: str, chance: random.Random, whole_group: bool) -> bool:
-    """Start, wait for a random moment, kill; False if the run was over first."""
-    process = start(folder, store)
+def start_two(folder: Path, store: str) -> tuple[subprocess.Popen[bytes], bool]:
+    """Start two runs into one store; returns the one that goes on, and whether the other was refused."""
+    runs = [start(folder, store), start(folder, store)]
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while all(run.poll() is None for run in runs) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    over = next((run for run in runs if run.poll() is not None), None)
+    if over is None or over.returncode not in (0, REFUSED_STATUS):
+        raise SystemExit(f"of two runs into {store} none was refused: {[run.poll() for run in runs]}")
+    return next(run for run in runs if run is not over), over.returncode == REFUSED_STATUS
+
+
+def kill_once(folder: Path, store: str, chance: random.Random, whole_group: bool, two: bool) -> tuple[bool, bool]:
+    """Start, wait for a random moment, kill; whether that came before the run's end, and a second run was refused."""
     # Moments while starting, while clips are written, and within the writing of one.
+    process, was_refused = start_two(folder, store) if two else (start(folder, store), False)
     before = num_latents(folder / store)
     wanted = before + chance.choice([0, 1, 1, 1, 2, 2, 3])
     deadline = time.monotonic() + PATIENCE_SECONDS
@@ -97,7 +113,25 @@ def kill_once(folder: Path, store: str, chance: random.Random, whole_group: bool
         process.kill()
     process.wait()
     wait_for_children(process.pid)
-    return alive
+    return alive, was_refused
+
+
+def kill_again_and_again(folder: Path, store: str, num_kills: int, seed: int) -> tuple[int, int]:
+    """Kill runs into one store, then let one end; returns the kills that hit, and the runs that were refused."""
+    chance = random.Random(f"{seed} {store}")
+    hits = refusals = 0
+    for attempt in range(num_kills):
+        hit, was_refused = kill_once(folder, store, chance, attempt % 2 == 0, attempt % 4 in (1, 2))
+        hits += hit
+        refusals += was_refused
+        num_clips = num_latents(folder / store)
+        print(f"{store}: kill {attempt + 1}: {'hit' if hit else 'too late'}, {num_clips} clips", flush=True)
+    last = start(folder, store)
+    assert last.wait() == 0, (folder / f"{store}.log").read_text()
+    wait_for_children(last.pid)
+    told = (folder / f"{store}.log").read_text(errors="replace").count("is at work in it")
+    assert told == refusals, f"{refusals} runs were refused, {told} say why"
+    return hits, refusals
 
 
 def wait_for_children(group: int, seconds: float = 120) -> None:
@@ -130,24 +164,20 @@ def run_all(options: argparse.Namespace, folder: Path) -> int:
     write_tiny_model(folder / "model")
     write_clips(folder, options.clips)
     assert start(folder, "whole").wait() == 0, (folder / "whole.log").read_text()
-    chance = random.Random(options.seed)
-    num_kills = 0
-    for attempt in range(options.kills):
-        killed = kill_once(folder, "killed", chance, whole_group=attempt % 2 == 0)
-        num_kills += killed
-        print(
-            f"kill {attempt + 1}: {'hit' if killed else 'too late'}, {num_latents(folder / 'killed')} clips", flush=True
-        )
-    last = start(folder, "killed")
-    assert last.wait() == 0, (folder / "killed.log").read_text()
-    wait_for_children(last.pid)
-    whole, killed_files = files_of(folder / "whole"), files_of(folder / "killed")
-    different = sorted(n for n in whole.keys() | killed_files.keys() if whole.get(n) != killed_files.get(n))
-    complete = num_latents(folder / "whole") == options.clips
-    result = f"{len(different)} different: {different[:5]}" if different else "all equal byte for byte"
-    print("\n| signal | hits | clips | files of the store | result |\n|---|---|---|---|---|")
-    print(f"| SIGKILL | {num_kills} of {options.kills} | {options.clips} | {len(whole)} | {result} |")
-    return 0 if complete and not different and num_kills else 1
+    with ThreadPoolExecutor(len(STORES)) as pool:
+        runs = [pool.submit(kill_again_and_again, folder, name, options.kills, options.seed) for name in STORES]
+        counts = [run.result() for run in runs]
+    whole = files_of(folder / "whole")
+    is_right = num_latents(folder / "whole") == options.clips
+    print("\n| store | SIGKILL that hit | second runs refused | clips | files of the store | result |")
+    print("|---|---|---|---|---|---|")
+    for name, (hits, refusals) in zip(STORES, counts, strict=True):
+        killed = files_of(folder / name)
+        different = sorted(n for n in whole.keys() | killed.keys() if whole.get(n) != killed.get(n))
+        result = f"{len(different)} different: {different[:5]}" if different else "all equal byte for byte"
+        print(f"| {name} | {hits} of {options.kills} | {refusals} | {options.clips} | {len(whole)} | {result} |")
+        is_right = is_right and not different and hits > 0 and refusals > 0
+    return 0 if is_right else 1
 
 
 if __name__ == "__main__":

@@ -449,6 +449,6 @@ def test_store_commands(data, tiny_model_5b, run_command, tmp_path, whole):
 def test_killed_runs_end_in_the_uninterrupted_store(tmp_path):
     script = REPOSITORY / "benchmarks" / "kill_encoding.py"
     status, stdout, stderr = finish(
-        [sys.executable, script, "--kills", "3", "--clips", "14", "--folder", tmp_path], tmp_path
+        [sys.executable, script, "--kills", "2", "--clips", "14", "--folder", tmp_path], tmp_path
     )
     assert status == 0, stdout + stderr
