@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,7 +59,8 @@ def hold_target(option: str, manifest: Path, inputs: Mapping[str, Sequence[Path]
     Raises:
         UserError: it cannot be a manifest's name, an input would be overwritten, or another process is writing it.
     """
-    if manifest.is_dir():
+    # Path.is_dir raises for a name that is too long; the lock then says so.
+    if os.path.isdir(manifest):
         raise UserError(f"{option}={manifest} is a folder; give a file name such as {manifest / 'clips.jsonl'}")
     refuse_inputs(option, outputs(manifest), inputs)
     if manifest.suffix != ".jsonl":

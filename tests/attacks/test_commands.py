@@ -284,7 +284,13 @@ def test_inputs_are_never_outputs(attack: Attack, folder: Path) -> None:
 
 
 BUILD, FILTER = ("build_manifest", "manifest=clips.jsonl"), ("filter_clips", "output=kept.jsonl")
+LONG = "x" * 300
 RERUNS = [
+    refused("a long name", ("build_manifest", f"manifest={LONG}.jsonl"), "name too long"),
+    refused("a name with a long lock", ("build_manifest", f"manifest={LONG[:249]}.jsonl"), "name too long"),
+    refused("a long output", ("filter_clips", f"output={LONG}.jsonl"), "name too long"),
+    refused("a file as folder", ("build_manifest", "manifest=M.jsonl/clips.jsonl"), "M.jsonl", "cannot write"),
+    refused("a folder that cannot be", ("filter_clips", "output=/proc/x/kept.jsonl"), "/proc/x", "cannot write"),
     refused("no videos there", (*BUILD, "videos=run"), "no video file"),
     refused("other videos", (*BUILD, "videos=other"), "no clip can be used", "missing 3", "clips.failed.dropped"),
     refused("no folder", (*BUILD, "videos=nowhere"), "not a folder"),
