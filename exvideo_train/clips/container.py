@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
+from exvideo_train.clips.opening import FORMATS, MAX_PIXEL_ASPECT, MAX_PIXELS, open_media, refused_format
 from exvideo_train.clips.record import TAR_SEPARATOR
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Reason(str, Enum):
     """Zero bytes."""
     NOT_VIDEO = "not_video"
     """Not a media file, whatever its name says."""
+    UNSUPPORTED_FORMAT = "unsupported_format"
+    """A kind of media file that is not opened, e.g. a playlist or a stream description."""
     TRUNCATED = "truncated"
     """The file ends before what its header promises."""
     NO_VIDEO_STREAM = "no_video_stream"
@@ -54,6 +57,8 @@ class Reason(str, Enum):
     """Frames without timestamps, or with timestamps that step back or leap ahead."""
     CORRUPT = "corrupt"
     """Damaged inside: packets that do not decode."""
+    TOO_LARGE = "too_large"
+    """Larger pictures, or more memory to decode, than a video may take."""
     TIMEOUT = "timeout"
     """Decoding took longer than allowed; set by whoever watches the worker."""
     WORKER_DIED = "worker_died"
@@ -177,17 +182,30 @@ def open_video(video: str) -> Iterator[tuple[av.container.InputContainer, av.vid
     Raises:
         UnreadableClip: with the reason why not.
     """
-    import av
-
     path, member = split_video(video)
     if member is None:
         _check_file(path)
-        source: Any = path
+        source: str | io.BytesIO = path
     else:
         source = io.BytesIO(read_member(path, member))
+    with opened(video, source) as (container, stream):
+        yield container, stream
+
+
+@contextmanager
+def opened(
+    video: str, source: str | io.BytesIO
+) -> Iterator[tuple[av.container.InputContainer, av.video.stream.VideoStream]]:
+    """:func:`open_video` of a path or content that is there; whatever FFmpeg raises meanwhile is the clip's fault.
+
+    Raises:
+        UnreadableClip: with the reason why not.
+    """
+    import av
+
     try:
-        container = av.open(source, mode="r", metadata_errors="replace")
-    except (av.FFmpegError, OSError, ValueError) as error:
+        container = open_media(source)
+    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise _why_not_opened(error, video, source) from None
     try:
         stream = _main_video_stream(container)
@@ -196,9 +214,33 @@ def open_video(video: str) -> Iterator[tuple[av.container.InputContainer, av.vid
             raise UnreadableClip(Reason.NO_VIDEO_STREAM, f"{video} holds {kinds}")
         if stream.codec_context is None:
             raise UnreadableClip(Reason.UNSUPPORTED_CODEC, f"{video} has a codec without a decoder")
+        _check_shape(video, stream)
         yield container, stream
+    except (av.FFmpegError, MemoryError) as error:
+        raise damaged(video, error) from None
     finally:
         container.close()
+
+
+def damaged(video: str, error: Exception) -> UnreadableClip:
+    """What an error of reading or decoding says of a video."""
+    code = getattr(error, "errno", None)
+    if code in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+        return UnreadableClip(Reason.READ_ERROR, f"{video}: {error}")
+    if code == errno.ENOMEM or isinstance(error, MemoryError):
+        return UnreadableClip(Reason.TOO_LARGE, f"{video} takes more memory to decode than a video may")
+    return UnreadableClip(Reason.CORRUPT, f"{video}: {error}")
+
+
+def _check_shape(video: str, stream: av.video.stream.VideoStream) -> None:
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > MAX_PIXELS:
+        raise UnreadableClip(
+            Reason.TOO_LARGE, f"{video} claims pictures of {width}x{height}; {MAX_PIXELS:,} pixels are the most"
+        )
+    aspect = stream.sample_aspect_ratio or 1
+    if not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
+        raise UnreadableClip(Reason.CORRUPT, f"{video} claims pixels {float(aspect):g} times as wide as high")
 
 
 def _main_video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream | None:
@@ -211,13 +253,18 @@ def _main_video_stream(container: av.container.InputContainer) -> av.video.strea
     return None
 
 
-def _why_not_opened(error: Exception, video: str, source: object) -> UnreadableClip:
+def _why_not_opened(error: Exception, video: str, source: str | io.BytesIO) -> UnreadableClip:
     code = getattr(error, "errno", None)
     if code in (errno.EACCES, errno.EPERM):
         return UnreadableClip(Reason.PERMISSION, f"{video} may not be read")
-    if code in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
-        return UnreadableClip(Reason.READ_ERROR, f"{video}: {error}")
-    head = source.getvalue()[:64] if isinstance(source, io.BytesIO) else _head(str(source))
+    reading = damaged(video, error)
+    if reading.reason != Reason.CORRUPT:
+        return reading
+    if code == errno.EINVAL and (found := refused_format(source)):
+        return UnreadableClip(
+            Reason.UNSUPPORTED_FORMAT, f"{video} is a file of format {found}; opened are {', '.join(FORMATS)}"
+        )
+    head = source.getvalue()[:64] if isinstance(source, io.BytesIO) else _head(source)
     if _is_media(head):
         return UnreadableClip(Reason.TRUNCATED, f"{video} begins as a video but its index is missing or cut off")
     return UnreadableClip(Reason.NOT_VIDEO, f"{video} is not a video file")
@@ -268,9 +315,7 @@ def first_frame(
     try:
         frame = next(container.decode(stream), None)
     except (av.FFmpegError, OSError) as error:
-        raise UnreadableClip(
-            Reason.CORRUPT, f"{video}: no frame can be decoded at its start or the span's: {error}"
-        ) from None
+        raise damaged(f"{video}: no frame can be decoded at its start or the span's", error) from None
     if frame is None:
         raise UnreadableClip(Reason.TRUNCATED, f"{video} holds no frame from its start or the span's on")
     return frame

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from exvideo_train.clips.container import Reason, UnreadableClip, first_frame, quarter_turn
+from exvideo_train.clips.container import Reason, UnreadableClip, first_frame, opened, quarter_turn
 from exvideo_train.clips.resize import crop_and_resize
 from exvideo_train.clips.span_packets import SpanPart, copy_span
 from exvideo_train.clips.timing import TIME_TOLERANCE_SECONDS, why_ended
@@ -74,10 +74,8 @@ def iter_frames(
 
 def _turn(video: str, part: SpanPart) -> int:
     """By how many degrees the part's first frame is turned: frames tell, not files."""
-    import av
-
-    with av.open(io.BytesIO(part.content), "r") as container:
-        return quarter_turn(first_frame(video, container, container.streams.video[0]).rotation)
+    with opened(video, io.BytesIO(part.content)) as (container, stream):
+        return quarter_turn(first_frame(video, container, stream).rotation)
 
 
 class _Reader:

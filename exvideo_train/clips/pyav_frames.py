@@ -5,7 +5,6 @@ Axis letters: H height, W width, C channel.
 
 from __future__ import annotations
 
-import errno
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ import numpy as np
 from exvideo_train.clips.container import (
     Reason,
     UnreadableClip,
+    damaged,
     is_untagged_hd,
     open_video,
     quarter_turn,
@@ -22,6 +22,7 @@ from exvideo_train.clips.container import (
     shown_size,
     stream_duration,
 )
+from exvideo_train.clips.opening import set_decoder_options
 from exvideo_train.clips.resize import crop_size
 from exvideo_train.clips.timing import (
     SEEK_BACK_SECONDS,
@@ -119,7 +120,13 @@ def _shown_frames(
                 continue
             aspect = float(stream.sample_aspect_ratio or 1)
             frames = _timed_frames(container, stream, origin, start, video)
-            shown = next(frames, None)
+            try:
+                shown = next(frames, None)
+            except UnreadableClip as error:
+                # Without a sound frame before it, the seek itself may be what spoils this one.
+                if goal > 0 and error.reason == Reason.CORRUPT:
+                    continue
+                raise
             if shown is None or (shown[1] > start + TIME_TOLERANCE_SECONDS and goal > 0):
                 if goal > 0:
                     continue
@@ -138,7 +145,7 @@ def _prepare_decoder(stream: av.video.stream.VideoStream, num_threads: int) -> N
     stream.thread_type = "AUTO"
     if stream.codec_context.name == "hevc":
         # Damaged HEVC decodes without a word otherwise; H.264 marks its damaged frames by itself.
-        stream.codec_context.options = {"err_detect": "explode"}
+        set_decoder_options(stream, err_detect="explode")
 
 
 def _timed_frames(
@@ -150,11 +157,13 @@ def _timed_frames(
 ) -> Iterator[tuple[av.video.frame.VideoFrame, float]]:
     """Decoded frames in order of time with their seconds from the video's first frame.
 
-    Damage before `start` is passed over: after a seek into the middle the first packets may lack their references.
+    Damage before `start` is passed over with all frames up to the next key frame, as they may have been made of it:
+    after a seek into the middle the first packets may lack their references.
     """
     import av
 
     seconds = -math.inf
+    clean = damage = False
     packets = container.demux(stream)
     while True:
         try:
@@ -163,11 +172,12 @@ def _timed_frames(
         except StopIteration:
             return
         except (av.FFmpegError, OSError) as error:
-            if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
-                raise UnreadableClip(Reason.READ_ERROR, f"{video}: {error}") from None
-            if seconds < start - TIME_TOLERANCE_SECONDS and not isinstance(error, av.error.EOFError):
-                continue
-            raise UnreadableClip(Reason.CORRUPT, f"{video} after {max(seconds, 0):.2f} s: {error}") from None
+            reason = damaged(f"{video} after {max(seconds, 0):.2f} s", error)
+            before = seconds < start - TIME_TOLERANCE_SECONDS and not isinstance(error, av.error.EOFError)
+            if reason.reason != Reason.CORRUPT or not before:
+                raise reason from None
+            damage = True
+            continue
         for frame in frames:
             if frame.pts is None or frame.time_base is None:
                 raise UnreadableClip(Reason.BAD_TIMESTAMPS, f"{video} has frames without timestamps")
@@ -175,10 +185,13 @@ def _timed_frames(
             check_order(video, start, seconds, moment)
             # A small step back comes of damage; a frame is shown when its predecessor was.
             seconds = max(seconds, moment)
-            if frame.is_corrupt:
+            # Frames after a seek are marked until all that they refer to has been decoded: only then is it damage.
+            damage = (damage and not frame.key_frame) or (frame.is_corrupt and clean)
+            if damage or frame.is_corrupt:
                 if seconds < start - TIME_TOLERANCE_SECONDS:
                     continue
                 raise UnreadableClip(Reason.CORRUPT, f"{video} has a damaged frame at {seconds:.2f} s")
+            clean = True
             yield frame, seconds
 
 
