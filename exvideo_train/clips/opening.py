@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import av.container
+    import av.video.stream
 
 # What videos are published in, by FFmpeg's names: MP4/MOV/3GP, Matroska/WebM, AVI, MPEG-TS and -PS, FLV, WMV, Ogg, GIF.
 # All of these hold their own content; MOV, which may refer to other files, is told not to.
@@ -41,16 +42,18 @@ def open_media(source: str | io.BytesIO) -> av.container.InputContainer:
     """
     import av
 
-    in_memory = isinstance(source, io.BytesIO)
-    if in_memory:
-        source.seek(0)
-    container = av.open(
+    if isinstance(source, str):
         # With its protocol said, no name is taken for another ("concat:a|b", "http://...").
-        source if in_memory else f"file:{os.path.abspath(source)}",
+        source, protocols = f"file:{os.path.abspath(source)}", "file"
+    else:
+        source.seek(0)
+        protocols = ""
+    container = av.open(
+        source,
         mode="r",
         metadata_errors="replace",
         options=_DECODER_OPTIONS,
-        container_options={**_CONTAINER_OPTIONS, "protocol_whitelist": "" if in_memory else "file"},
+        container_options={**_CONTAINER_OPTIONS, "protocol_whitelist": protocols},
     )
     for stream in container.streams.video:
         if stream.codec_context is not None:

@@ -58,7 +58,7 @@ def iter_frames(
     Raises:
         UnreadableClip: the video cannot be opened or decoded, or ends before the last moment.
     """
-    scaler = _Scaler(height, width, num_threads)
+    scaler = _Scaler(video, height, width, num_threads)
     index = 0
     for shown, until, pixel_aspect in _shown_frames(video, moments[0], num_threads):
         frame_HWC: np.ndarray | None = None
@@ -93,7 +93,7 @@ def iter_window(
     begins = start
     for shown, until, pixel_aspect in _shown_frames(video, start, num_threads):
         if scaler is None:
-            scaler = _Scaler(*_small_size(shown, pixel_aspect, long_side), num_threads, crop=False)
+            scaler = _Scaler(video, *_small_size(shown, pixel_aspect, long_side), num_threads, crop=False)
         yield begins, scaler(shown, pixel_aspect)
         begins = until
         if until >= end - TIME_TOLERANCE_SECONDS:
@@ -103,7 +103,8 @@ def iter_window(
 def _small_size(frame: av.video.frame.VideoFrame, pixel_aspect: float, long_side: int) -> tuple[int, int]:
     height, width = shown_size(frame, pixel_aspect)
     scale = long_side / max(width, height)
-    return max(2, round(height * scale)), max(2, round(width * scale))
+    # Measures are taken of blocks of 8 x 8.
+    return max(8, round(height * scale)), max(8, round(width * scale))
 
 
 def _shown_frames(
@@ -201,7 +202,8 @@ class _Scaler:
     swscale's bicubic widens its filter when it shrinks, which is what antialiasing means.
     """
 
-    def __init__(self, height: int, width: int, num_threads: int, crop: bool = True) -> None:
+    def __init__(self, video: str, height: int, width: int, num_threads: int, crop: bool = True) -> None:
+        self._video = video
         self._height, self._width, self._threads, self._crop = height, width, num_threads, crop
         self._pixel_aspect = 1.0
         self._graph: av.filter.Graph | None = None
@@ -209,7 +211,19 @@ class _Scaler:
         self._turn = 0
 
     def __call__(self, frame: av.video.frame.VideoFrame, pixel_aspect: float) -> np.ndarray:
-        """uint8 (H, W, C) of the target size."""
+        """uint8 (H, W, C) of the target size.
+
+        Raises:
+            UnreadableClip: the frame has a size or format that cannot be converted.
+        """
+        import av
+
+        try:
+            return self._scale(frame, pixel_aspect)
+        except (av.FFmpegError, MemoryError) as error:
+            raise damaged(f"{self._video} has frames of {frame.width}x{frame.height}", error) from None
+
+    def _scale(self, frame: av.video.frame.VideoFrame, pixel_aspect: float) -> np.ndarray:
         signature = (
             frame.width,
             frame.height,

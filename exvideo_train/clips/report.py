@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from exvideo_train.clips.container import UnreadableClip
+from exvideo_train.clips.container import PASSING_REASONS, UnreadableClip
 from exvideo_train.clips.filtering import FilterReport
 from exvideo_train.clips.judging import FilterOptions, Judged
 from exvideo_train.clips.pyav_frames import iter_frames
+from exvideo_train.clips.record import ClipRecord
+from exvideo_train.clips.workers import Failed, parallel_map
 from exvideo_train.terminal import escaped
 
 _NUM_BINS = 40
@@ -106,8 +108,11 @@ class ReportBuilder:
         parts += ["</div>"]
         for kept, title in ((True, "Kept"), (False, "Dropped")):
             shown = self._chosen[kept]
+            # Like every look at a data set's videos, in processes that may die.
+            looks = map(_to_look_at, shown)
+            strips = list(parallel_map(_thumbnails, looks, options.num_workers, options.timeout_seconds))
             parts += [f"<h2>{title}: {len(shown)} of {self._offered[kept]:,}, at random</h2><div class=clips>"]
-            parts += [_figure(judged) for judged in shown] + ["</div>"]
+            parts += [_figure(judged, strip) for judged, (_, strip) in zip(shown, strips, strict=True)] + ["</div>"]
         parts += ["<h2>Thresholds</h2><table>"]
         parts += [
             f"<tr><td>filter.{_text(name)}<td>{_text(str(value))}" for name, value in vars(options.thresholds).items()
@@ -162,31 +167,38 @@ def _histogram(name: str, counts: np.ndarray) -> str:
     )
 
 
-def _figure(judged: Judged) -> str:
+def _to_look_at(judged: Judged) -> ClipRecord | None:
+    """A clip whose decoder hung or died is not given to another."""
+    return None if PASSING_REASONS.intersection(judged.reasons) else judged.record
+
+
+def _figure(judged: Judged, strip: str | Failed) -> str:
     record = judged.record
     facts = [f"{name} {value:.3g}" for name, value in judged.values().items()]
     if record.sampling_fps:
         facts.append(f"sampled at {record.sampling_fps:g} fps")
     why = f"<span class=why>{_text(', '.join(judged.reasons))}</span> {_text(judged.detail)}<br>"
+    pictures = "" if isinstance(strip, Failed) else strip
     return (
-        f"<figure><div class=strip>{_thumbnails(judged)}</div><figcaption>{why if judged.reasons else ''}"
+        f"<figure><div class=strip>{pictures}</div><figcaption>{why if judged.reasons else ''}"
         f"{_text(record.caption[:200])}<br>{_text(', '.join(facts))}<br>"
         f"{_text(Path(record.video).name)} {record.start_seconds:g} s, {record.clip_id}</figcaption></figure>"
     )
 
 
-def _thumbnails(judged: Judged) -> str:
+def _thumbnails(record: ClipRecord | None) -> str:
     """Three moments of a clip as embedded pictures; what cannot be decoded shows none."""
     from PIL import Image
 
-    record = judged.record
+    if record is None:
+        return ""
     seconds = record.span_seconds or record.duration_seconds or 1.0
     if record.duration_seconds is not None:
         seconds = min(seconds, record.duration_seconds)
     moments = [max(0.0, record.start_seconds) + share * seconds for share in (0.05, 0.5, 0.9)]
     pictures = []
     try:
-        for _, frame_HWC in iter_frames(record.video, moments, _THUMBNAIL_HEIGHT, _THUMBNAIL_WIDTH):
+        for _, frame_HWC in iter_frames(record.video, moments, _THUMBNAIL_HEIGHT, _THUMBNAIL_WIDTH, num_threads=1):
             content = io.BytesIO()
             Image.fromarray(frame_HWC).save(content, "JPEG", quality=80)
             pictures.append(base64.b64encode(content.getvalue()).decode())

@@ -19,8 +19,8 @@ def crop_size(frame_height: int, frame_width: int, height: int, width: int, pixe
     """
     target = width / height / pixel_aspect
     if frame_width > frame_height * target:
-        return frame_height, max(2, round(frame_height * target))
-    return max(2, round(frame_width / target)), frame_width
+        return frame_height, min(frame_width, max(2, round(frame_height * target)))
+    return min(frame_height, max(2, round(frame_width / target))), frame_width
 
 
 def crop_and_resize(frame_HWC: np.ndarray, height: int, width: int, pixel_aspect: float) -> np.ndarray:

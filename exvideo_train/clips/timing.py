@@ -47,7 +47,7 @@ def seek_to(seconds: float, container: av.container.InputContainer, stream: av.v
         return False
     try:
         container.seek((stream.start_time or 0) + int(seconds / stream.time_base), stream=stream, backward=True)
-    except (av.FFmpegError, OSError):
+    except (av.FFmpegError, OSError, OverflowError):
         return False
     return True
 

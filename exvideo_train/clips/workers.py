@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar, cast
 
 from exvideo_train.clips.container import Reason
+from exvideo_train.clips.opening import bound_memory
 from exvideo_train.errors import UserError
 
 Task = TypeVar("Task")
@@ -211,6 +212,7 @@ class _Pool(Generic[Task, Result]):
 def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
     """Main function of a worker: tasks in, results out, until the pipe closes or Ctrl-C."""
     _exit_with_parent()
+    bound_memory()
     # The pipe may close at any moment, while this process is still starting too: then nobody wants anything of it.
     with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
         connection.send(("ready", None))

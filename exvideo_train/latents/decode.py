@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from exvideo_train.clips.opening import bound_memory
 from exvideo_train.clips.record import ClipRecord
 from exvideo_train.geometry import Geometry
 
@@ -83,6 +84,7 @@ def exit_with_parent() -> None:
 def _serve(connection: Connection, geometry: Geometry, decoder: str) -> None:
     """Main function of a worker: records in, frames or failures out, until the pipe closes."""
     exit_with_parent()
+    bound_memory()
     # Before the first clip's time begins to run: on a busy machine these take longer than a clip.
     import av  # noqa: F401
     import torch
