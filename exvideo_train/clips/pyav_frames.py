@@ -26,6 +26,7 @@ from exvideo_train.clips.opening import set_decoder_options
 from exvideo_train.clips.resize import crop_size
 from exvideo_train.clips.timing import (
     SEEK_BACK_SECONDS,
+    STEP_BACK_SECONDS,
     TIME_TOLERANCE_SECONDS,
     check_order,
     check_start,
@@ -128,10 +129,14 @@ def _shown_frames(
                 if goal > 0 and error.reason == Reason.CORRUPT:
                     continue
                 raise
-            if shown is None or (shown[1] > start + TIME_TOLERANCE_SECONDS and goal > 0):
-                if goal > 0:
-                    continue
+            if goal > 0 and (shown is None or shown[1] > start + TIME_TOLERANCE_SECONDS):
+                continue
+            if shown is None:
                 return
+            if start > 0 and shown[1] > start + STEP_BACK_SECONDS:
+                raise UnreadableClip(
+                    Reason.CORRUPT, f"{video} shows nothing at {start:.2f} s, only from {shown[1]:.2f} s on"
+                )
             for following in frames:
                 if following[1] > start + TIME_TOLERANCE_SECONDS:
                     yield shown[0], following[1], aspect
@@ -164,7 +169,7 @@ def _timed_frames(
     import av
 
     seconds = -math.inf
-    clean = damage = False
+    clean = damage = lost = False
     packets = container.demux(stream)
     while True:
         try:
@@ -177,7 +182,8 @@ def _timed_frames(
             before = seconds < start - TIME_TOLERANCE_SECONDS and not isinstance(error, av.error.EOFError)
             if reason.reason != Reason.CORRUPT or not before:
                 raise reason from None
-            damage = True
+            # A recording that begins in mid-stream shows nothing until it can: that is its start.
+            damage, lost = True, start > 0
             continue
         for frame in frames:
             if frame.pts is None or frame.time_base is None:
@@ -186,13 +192,17 @@ def _timed_frames(
             check_order(video, start, seconds, moment)
             # A small step back comes of damage; a frame is shown when its predecessor was.
             seconds = max(seconds, moment)
-            # Frames after a seek are marked until all that they refer to has been decoded: only then is it damage.
-            damage = (damage and not frame.key_frame) or (frame.is_corrupt and clean)
-            if damage or frame.is_corrupt:
-                if seconds < start - TIME_TOLERANCE_SECONDS:
-                    continue
-                raise UnreadableClip(Reason.CORRUPT, f"{video} has a damaged frame at {seconds:.2f} s")
-            clean = True
+            # Frames after a seek are marked until all that they refer to has been decoded: that is no damage.
+            damage = (damage and not frame.key_frame) or (frame.is_corrupt and (clean or frame.key_frame))
+            doubtful = damage or frame.is_corrupt
+            before = seconds < start - TIME_TOLERANCE_SECONDS
+            if doubtful and before:
+                lost = True
+                continue
+            # The one before it is shown at `start`, if this one comes later.
+            if doubtful or (lost and seconds > start + TIME_TOLERANCE_SECONDS):
+                raise UnreadableClip(Reason.CORRUPT, f"{video} has a damaged frame at {seconds:.2f} s or before")
+            clean, lost = True, False
             yield frame, seconds
 
 

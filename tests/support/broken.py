@@ -28,6 +28,22 @@ def write_broken(kind: str, good: Path, path: Path) -> None:
     MAKERS[kind](good, path)
 
 
+def damage_packet(good: Path, path: Path, number: int) -> None:
+    """Copy a video with two thirds of one packet, counted in the order of decoding, overwritten."""
+    with av.open(str(good)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0], opaque=True)
+        for position, packet in enumerate(entry for entry in source.demux(video=0) if entry.size):
+            written = packet
+            if position == number:
+                content = bytes(packet)
+                kept = len(content) // 3
+                written = av.Packet(content[:kept] + b"\x5a" * (len(content) - kept))
+                written.pts, written.dts, written.time_base = packet.pts, packet.dts, packet.time_base
+                written.is_keyframe = packet.is_keyframe
+            written.stream = stream
+            target.mux(written)
+
+
 def _cut_off(good: Path, path: Path) -> None:
     content = good.read_bytes()
     path.write_bytes(content[: len(content) // 2])

@@ -8,11 +8,14 @@ import tempfile
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
-from support.broken import write_broken, write_good
-from support.videos import read_numbers, shown_at
+import torch
+from support.broken import damage_packet, write_broken, write_good
+from support.videos import draw_number, make_video, read_numbers, shown_at
 
 from exvideo_train.clips.container import UnreadableClip
+from exvideo_train.clips.reader import read_frames
 from exvideo_train.geometry import Geometry
 
 SMALL = Geometry(num_frames=17, height=96, width=128, fps=8)
@@ -93,6 +96,33 @@ def test_damage_before_the_span_does_not_matter(damaged, video, clip, read, tmp_
     moments = [2.0 + index / 8 + 0.0015 for index in range(17)]
     expected = shown_at([index / 25 for index in range(150)], moments)
     assert read_numbers(read(clip(path, 2.0), SMALL)) == expected
+
+
+@pytest.mark.parametrize(("name", "codec"), [("x.mp4", "libx264"), ("x.mkv", "libx264"), ("x.avi", "mpeg4")])
+def test_pyav_trusts_nothing_between_damage_and_the_next_key_frame(name, codec, clip, tmp_path):
+    """Key frames at 0 and 2 s, damage at about 1 s: a span from 1.2 s on begins with what is made of it."""
+    good, path = tmp_path / f"good_{name}", tmp_path / name
+    noise = np.random.default_rng(0).integers(0, 128, (96, 128, 3), np.uint8)
+    frames = [np.roll(noise, 2 * number, axis=1) + draw_number(number, 96, 128) // 2 for number in range(100)]
+    make_video(good, frames, codec, gop=50)
+    damage_packet(good, path, 25)
+    with pytest.raises(UnreadableClip) as caught:
+        read_frames(clip(path, 1.2), Geometry(9, 96, 128, 8), num_threads=1, decoder="pyav")
+    assert caught.value.reason == "corrupt"
+    for start in (0.0, 2.0):
+        geometry = Geometry(9, 96, 128, 16)
+        found, expected = (read_frames(clip(video, start), geometry, 1, "pyav") for video in (path, good))
+        assert torch.equal(found, expected)
+
+
+def test_pyav_gives_no_later_frame_for_one_that_is_lost(video, clip, tmp_path):
+    """The first of two groups of pictures cannot be decoded without its key frame."""
+    good, path = video(tmp_path / "good.mp4", frames=100, gop=50, options={"sc_threshold": "0"}), tmp_path / "x.mp4"
+    damage_packet(good, path, 0)
+    with pytest.raises(UnreadableClip) as caught:
+        read_frames(clip(path, 1.2), SMALL, num_threads=1, decoder="pyav")
+    assert caught.value.reason == "corrupt"
+    assert read_numbers(read_frames(clip(path, 2.0), Geometry(9, 96, 128, 8), 1, "pyav"))[0] == 50
 
 
 def test_unreadable_clip_travels_between_processes():
