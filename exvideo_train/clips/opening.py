@@ -73,8 +73,10 @@ def refused_format(source: str | io.BytesIO) -> str | None:
     """
     import av.logging
 
-    level = av.logging.get_level()
+    level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)
+    # Else it keeps back what another file was refused with already.
+    av.logging.set_skip_repeated(False)
     try:
         with av.logging.Capture() as messages:
             open_media(source).close()
@@ -82,6 +84,7 @@ def refused_format(source: str | io.BytesIO) -> str | None:
         pass
     finally:
         av.logging.set_level(level)
+        av.logging.set_skip_repeated(skips)
     return next((name for _, name, message in messages if message.startswith("Format not on whitelist")), None)
 
 

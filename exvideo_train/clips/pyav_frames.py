@@ -142,7 +142,8 @@ def _shown_frames(
                     yield shown[0], following[1], aspect
                 shown = following
             until = shown[1] + shown_seconds(shown[0], stream) + 2 * TIME_TOLERANCE_SECONDS
-            yield shown[0], until, aspect
+            if start < until - TIME_TOLERANCE_SECONDS:
+                yield shown[0], until, aspect
             return
 
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from exvideo_train.clips.pyav_frames import iter_window
+from exvideo_train.clips.timing import why_ended
 
 # Analysed frames are this wide (or high): enough for cuts and bars, 40 kB each.
 ANALYSIS_LONG_SIDE = 160
@@ -73,6 +74,8 @@ def measure_clip(video: str, start_seconds: float, end_seconds: float) -> ClipMe
         if not moments or moment - moments[-1] >= _LEAST_STEP_SECONDS:
             moments.append(moment)
             frames.append(frame_HWC)
+    if not frames:
+        raise why_ended(video, [start_seconds, end_seconds])
     return measure_frames(np.stack(frames), np.asarray(moments) - start_seconds)
 
 
