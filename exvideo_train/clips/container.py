@@ -6,7 +6,6 @@ import errno
 import io
 import os
 import stat
-import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from exvideo_train.clips.opening import FORMATS, MAX_PIXEL_ASPECT, MAX_PIXELS, open_media, refused_format
 from exvideo_train.clips.record import TAR_SEPARATOR
+from exvideo_train.clips.shards import MAX_MEMBER_BYTES, DamagedShard, Member, iter_members
 
 if TYPE_CHECKING:
     import av.container
@@ -30,7 +30,9 @@ class Reason(str, Enum):
     MISSING = "missing"
     """No such file, shard or member."""
     NOT_A_FILE = "not_a_file"
-    """A folder, a pipe or a device."""
+    """A folder, a pipe, a device or, in a shard, a link."""
+    OUTSIDE = "outside"
+    """Not in the folder that was given: by its path, or through a link."""
     PERMISSION = "permission"
     """The file may not be read."""
     READ_ERROR = "read_error"
@@ -99,17 +101,20 @@ class VideoInfo:
 
 def split_video(video: str) -> tuple[str, str | None]:
     """``shard.tar::member`` as its two parts; a plain path has no member."""
-    path, separator, member = video.rpartition(TAR_SEPARATOR)
-    if separator and path.endswith(".tar"):
-        return path, member
-    return video, None
+    shard, separator, member = video.rpartition(f".tar{TAR_SEPARATOR}")
+    return (f"{shard}.tar", member) if separator else (video, None)
 
 
 @lru_cache(maxsize=16)
-def _tar_members(path: str, _size: int, _modified: int) -> dict[str, tuple[int, int]]:
-    """Offset and size of every regular member; cached because the clips of a shard are read one after another."""
-    with tarfile.open(path, "r:") as shard:
-        return {entry.name: (entry.offset_data, entry.size) for entry in shard if entry.isreg()}
+def _shard_members(path: str, _size: int, _modified: int) -> tuple[dict[str, Member], str]:
+    """Every regular member, and what is wrong behind them; cached, as a shard's clips are read one after another."""
+    members: dict[str, Member] = {}
+    with open(path, "rb") as shard:
+        try:
+            members.update((member.name, member) for member in iter_members(shard.fileno()) if not member.kind)
+        except DamagedShard as damage:
+            return members, str(damage)
+    return members, ""
 
 
 def _check_file(path: str) -> os.stat_result:
@@ -141,19 +146,22 @@ def read_member(path: str, member: str) -> bytes:
         UnreadableClip: the shard or member is missing, empty, damaged or may not be read.
     """
     status = _check_file(path)
-    try:
-        members = _tar_members(path, status.st_size, status.st_mtime_ns)
-    except (tarfile.TarError, EOFError) as error:
-        raise UnreadableClip(Reason.CORRUPT, f"{path} is not a whole tar file ({error})") from None
-    if member not in members:
+    members, damage = _shard_members(path, status.st_size, status.st_mtime_ns)
+    found = members.get(member)
+    if found is None:
+        if damage:
+            raise UnreadableClip(Reason.CORRUPT, f"{path} is not a whole tar file: {damage}")
         raise UnreadableClip(Reason.MISSING, f"{path} has no member {member}")
-    offset, size = members[member]
-    if size == 0:
+    if found.size == 0:
         raise UnreadableClip(Reason.EMPTY_FILE, f"{path}{TAR_SEPARATOR}{member} has 0 bytes")
+    if found.size > MAX_MEMBER_BYTES:
+        raise UnreadableClip(
+            Reason.TOO_LARGE, f"{path}{TAR_SEPARATOR}{member} has {found.size:,} bytes; unpack the shard"
+        )
     with open(path, "rb") as stream:
-        stream.seek(offset)
-        content = stream.read(size)
-    if len(content) != size:
+        stream.seek(found.offset)
+        content = stream.read(found.size)
+    if len(content) != found.size:
         raise UnreadableClip(Reason.TRUNCATED, f"{path} ends inside member {member}")
     return content
 

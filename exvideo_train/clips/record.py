@@ -222,7 +222,8 @@ def _record_from(content: Mapping[str, Any], folder: Path) -> ClipRecord:
     return ClipRecord(
         clip_id=clip_id,
         source=content["source"],
-        video=str(folder / content["video"]),
+        # An absolute path stays as it is spelled: the names of a shard's members are not paths to be put in order.
+        video=content["video"] if os.path.isabs(content["video"]) else str(folder / content["video"]),
         start_seconds=start,
         end_seconds=numbers.get("end_seconds"),
         # A manifest may come from elsewhere; build_manifest has cleaned and counted the captions of its own.
