@@ -68,14 +68,15 @@ def make_source(config: BuildManifest, manifest: Path) -> Source:
         UserError: an option is missing or names nothing.
     """
     if config.source is SourceKind.webdataset:
-        return WebDataset(_given("videos", config.videos, config))
+        return WebDataset(_given("videos", config.videos, config), config.follow_links)
     if config.source is SourceKind.folder:
         if config.metadata is None:
-            return CaptionedFolder(_given("videos", config.videos, config))
-        return CaptionTable(config.metadata, config.videos, config.path_column, config.caption_column)
+            return CaptionedFolder(_given("videos", config.videos, config), config.follow_links)
+        columns = config.path_column, config.caption_column
+        return CaptionTable(config.metadata, config.videos, *columns, config.follow_links)
     metadata = _given("metadata", config.metadata, config)
     cut = None if config.video_layout is VideoLayout.auto else config.video_layout is VideoLayout.cut
-    index = _index(_given("videos", config.videos, config), manifest)
+    index = _index(_given("videos", config.videos, config), manifest, config.follow_links)
     return (InternVid if config.source is SourceKind.internvid else Panda70M)(metadata, index, cut)
 
 
@@ -85,9 +86,9 @@ def _given(option: str, value: str | None, config: BuildManifest) -> str:
     return value
 
 
-def _index(videos: str, manifest: Path) -> VideoIndex:
+def _index(videos: str, manifest: Path, follow_links: bool) -> VideoIndex:
     folder = videos_folder(videos)
-    index = build_video_index(folder, working_folder(manifest) / "index")
+    index = build_video_index(folder, working_folder(manifest) / "index", follow_links)
     if index.num_files == 0:
         raise UserError(f"videos={videos} holds no video file; give the folder of the downloaded videos")
     return index

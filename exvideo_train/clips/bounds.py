@@ -106,12 +106,17 @@ class Caption(NamedTuple):
     num_cut: int = 0
 
 
+def is_clean_caption(text: str) -> bool:
+    """Whether :func:`clean_caption` has nothing to do."""
+    # Most captions are ASCII, of which this tells in a fifth of the time of a search.
+    return len(text) <= MAX_CAPTION_LETTERS and ((text.isascii() and text.isprintable()) or not _DAMAGE.search(text))
+
+
 def clean_caption(text: str) -> Caption:
     """Replace by spaces what is no text, and cut at `MAX_CAPTION_LETTERS`; a clean caption stays as it is."""
-    num_letters = len(text)
-    # Most captions are ASCII, of which this tells in a fifth of the time of a search.
-    if num_letters <= MAX_CAPTION_LETTERS and ((text.isascii() and text.isprintable()) or _DAMAGE.search(text) is None):
+    if is_clean_caption(text):
         return Caption(text)
+    num_letters = len(text)
     text = text[:MAX_CAPTION_LETTERS]
     # Two halves that belong together become one character; Python's own literals may spell one so.
     text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")

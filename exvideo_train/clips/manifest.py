@@ -34,6 +34,8 @@ DUPLICATE = "duplicate"
 # Sorting key and content of a line in a run; both are free of control characters.
 _SEPARATOR = "\x01"
 _PROBES = "probes.sqlite"
+# Letters of one text in the list of drops: what was dropped for its size is not to be found there in full.
+_MAX_DETAIL = 1000
 _PARSE_TIMEOUT_SECONDS = 3600.0
 # How far a span's end may lie beyond the last frame, and a cut video's length from the span's.
 _SPAN_TOLERANCE_SECONDS = 1.0
@@ -192,12 +194,13 @@ def _sort_key(record: ClipRecord) -> str:
     """
     start_ms = round(record.start_seconds * 1000)
     end_ms = 10**15 if record.end_seconds is None else round(record.end_seconds * 1000)
-    video = record.video.replace("\n", "\\n").replace(_SEPARATOR, " ")
+    video = record.video.replace("\\", "\\\\").replace("\n", "\\n").replace(_SEPARATOR, "\\1")
     return f"{video}\t{start_ms:016d}\t{end_ms:016d}\t{record.clip_id}"
 
 
 def _drop_line(drop: Dropped) -> str:
-    content = {name: value for name, value in dataclasses.asdict(drop).items() if value not in ("", None)}
+    content = {name: value for name, value in vars(drop).items() if value not in ("", None)}
+    content = {name: value[:_MAX_DETAIL] if isinstance(value, str) else value for name, value in content.items()}
     return json.dumps(content, ensure_ascii=True) + "\n"
 
 
@@ -229,7 +232,9 @@ def _probed(
     late: TextIO,
 ) -> Iterator[tuple[str, str]]:
     """Fill in what probing finds, each video opened once; drop clips whose video or span is unusable."""
-    groups = ((video, [text for _, text in group]) for video, group in groupby(lines, key=lambda line: line[0]))
+    same_video = ([text for _, text in group] for _, group in groupby(lines, key=lambda line: line[0]))
+    # The record has the video's name itself, the sorting key one without line breaks.
+    groups = ((parse_record(texts[0], Path("/"), 0).video, texts) for texts in same_video)
     for texts, found in probe_videos(groups, journal_path, options.num_workers, options.timeout_seconds):
         for text in texts:
             record = parse_record(text, Path("/"), 0)

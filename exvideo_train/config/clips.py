@@ -34,7 +34,11 @@ class BuildManifest:
     (name.txt beside name.mp4, or a table given as metadata)."""
     videos: str | None = None
     """Folder of the videos, searched with its subfolders. Required but for source=folder with a table, whose relative
-    paths are then relative to the table."""
+    paths are then relative to the table. Nothing outside this folder is used, nor outside the table's where it is not
+    given: a table of absolute paths needs the folder that holds them all, if need be videos=/."""
+    follow_links: bool = False
+    """Follow links that lead out of the folder, for folders of links that are your own. false counts and lists them:
+    in data of others, caption.txt may be a link to any file of yours."""
     metadata: str | None = None
     """The data set's metadata file, or a quoted glob pattern: JSON lines for internvid, CSV for panda70m, CSV or JSON
     lines for folder. Not used by webdataset."""

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from exvideo_train.clips.container import Reason
+from exvideo_train.clips.bounds import MAX_CAPTION_LETTERS, shown
+from exvideo_train.clips.container import Reason, UnreadableClip
 from exvideo_train.clips.record import ClipRecord
 from exvideo_train.clips.sources.base import (
-    MALFORMED_ROW,
+    UNREADABLE_SIDECAR,
     VIDEO_SUFFIXES,
     Dropped,
     RawRows,
     Source,
     as_score,
-    metadata_files,
     parse_timestamp,
     span_problem,
     videos_folder,
 )
+from exvideo_train.clips.sources.folders import DataFolder
+from exvideo_train.clips.sources.table import Table, parse_object, text_field
 from exvideo_train.clips.sources.text_files import csv_pieces, json_line_pieces
-from exvideo_train.clips.sources.video_index import iter_files
 from exvideo_train.errors import UserError
 
-_ROWS_A_PIECE = 2000
+ROWS_A_PIECE = 2000
+# As many letters as are kept and one more, of four bytes each.
+MAX_CAPTION_BYTES = 4 * (MAX_CAPTION_LETTERS + 1)
 _SCORES = ("aesthetic", "umt", "matching")
 
 
@@ -36,55 +37,62 @@ class CaptionedFolder(Source):
     """Every video of a tree, its caption in a text file of the same name; without one the caption is empty."""
 
     videos: str
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         self.name = "folder"
         self.progress_unit = "files"
-        self._root = videos_folder(self.videos)
+        self._folder = DataFolder(str(videos_folder(self.videos)), self.follow_links)
 
     def total_progress(self) -> None:
         return None
 
     def pieces(self) -> Iterator[RawRows]:
-        found = False
-        for folder, files in iter_files(str(self._root)):
-            videos = [name for name in files if name.lower().endswith(VIDEO_SUFFIXES)]
+        found, refused = False, ""
+        for listing in self._folder.walk():
+            videos, dropped = listing.videos(), listing.drops()
             found = found or bool(videos)
-            for start in range(0, len(videos), _ROWS_A_PIECE):
-                part = videos[start : start + _ROWS_A_PIECE]
-                yield RawRows(folder, list(enumerate(part)), len(part))
+            refused = refused or (dropped[0].detail if dropped else "")
+            for start in range(0, len(videos), ROWS_A_PIECE):
+                part = videos[start : start + ROWS_A_PIECE]
+                yield RawRows(listing.folder, list(enumerate(part)), len(part))
+            if dropped:
+                yield RawRows(listing.folder, [], 0, dropped)
         if not found:
-            raise UserError(f"videos={self.videos} holds no video file ({', '.join(VIDEO_SUFFIXES)})")
+            why = f"; not used: {refused}" if refused else ""
+            raise UserError(f"videos={self.videos} holds no video file ({', '.join(VIDEO_SUFFIXES)}){why}")
 
     def parse(self, piece: RawRows) -> Iterator[ClipRecord | Dropped]:
+        yield from piece.dropped
         for _, name in piece.rows:
             video = os.path.join(piece.where, name)
-            text = Path(video).with_suffix(".txt")
-            caption = text.read_bytes().decode("utf-8", errors="replace") if text.is_file() else ""
-            yield self.record(video, video, (0.0, None), caption.strip(), {})
+            text, caption = f"{os.path.splitext(video)[0]}.txt", b""
+            try:
+                caption = self._folder.read(text, MAX_CAPTION_BYTES) or b""
+            except UnreadableClip as problem:
+                yield Dropped(UNREADABLE_SIDECAR, f"its caption is not read: {problem.detail}", text, video)
+            yield from self.clip(video, video, (0.0, None), caption.decode("utf-8-sig", errors="replace"), {}, text)
 
 
 @dataclass
-class CaptionTable(Source):
+class CaptionTable(Table):
     """Rows of a CSV (with a header) or JSON-lines file that name a video and its caption.
 
     Columns ``start_seconds`` and ``end_seconds`` (numbers or timestamps) give a span, and ``aesthetic``, ``umt`` and
     ``matching`` are scores, where they exist.
     """
 
-    metadata: str
     videos: str | None
     path_column: str
     caption_column: str
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.name = "folder"
-        self._files = metadata_files(self.metadata)
-        # A relative path is looked for below `videos`, or else beside the table itself.
-        self._root = videos_folder(self.videos) if self.videos else self._files[0].absolute().parent
-
-    def total_progress(self) -> int:
-        return sum(path.stat().st_size for path in self._files)
+        # A relative path is looked for below `videos`, or else beside the table itself; none may lead elsewhere.
+        root = videos_folder(self.videos) if self.videos else self._files[0].absolute().parent
+        self._folder = DataFolder(os.path.normpath(root), self.follow_links)
 
     def pieces(self) -> Iterator[RawRows]:
         for path in self._files:
@@ -93,27 +101,21 @@ class CaptionTable(Source):
             else:
                 yield from json_line_pieces(path)
 
-    def parse(self, piece: RawRows) -> Iterator[ClipRecord | Dropped]:
-        for number, row in piece.rows:
-            where = f"{piece.where}:{number}"
-            try:
-                yield self._clip(json.loads(row) if isinstance(row, str) else row, where)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                detail = f"column {error} is missing" if isinstance(error, KeyError) else str(error)
-                yield Dropped(MALFORMED_ROW, detail, where)
-
-    def _clip(self, row: dict[str, Any], where: str) -> ClipRecord | Dropped:
-        name, caption = row[self.path_column], row[self.caption_column] or ""
-        if not isinstance(name, str) or not name or not isinstance(caption, str):
-            raise ValueError(f"{self.path_column}={name!r}, {self.caption_column}={caption!r} must be text")
+    def clips(self, line: str | dict[str, Any], where: str) -> list[ClipRecord | Dropped]:
+        row = parse_object(line) if isinstance(line, str) else line
+        name, caption = text_field(row, self.path_column), text_field(row, self.caption_column)
+        if not name:
+            raise ValueError(f"{self.path_column}={shown(name)} names no video")
         start_text, end_text = row.get("start_seconds"), row.get("end_seconds")
         start = 0.0 if start_text in (None, "") else parse_timestamp(start_text)
         end = None if end_text in (None, "") else parse_timestamp(end_text)
-        video = os.path.normpath(os.path.join(self._root, name))
+        video = os.path.normpath(os.path.join(self._folder.path, name))
         problem = span_problem(start, end)
         if problem:
-            return Dropped(Reason.BAD_SPAN.value, problem, where, video, start, end)
-        if not os.path.exists(video):
-            return Dropped(Reason.MISSING.value, f"{video} does not exist", where, video, start, end)
+            return [Dropped(Reason.BAD_SPAN.value, problem, where, video, start, end)]
+        try:
+            self._folder.check_video(video)
+        except UnreadableClip as refused:
+            return [Dropped(refused.reason, refused.detail, where, video, start, end)]
         scores = {key: score for key in _SCORES if (score := as_score(row.get(key))) is not None}
-        return self.record(video, video, (start, end), caption.strip(), scores)
+        return self.clip(video, video, (start, end), caption, scores, where)

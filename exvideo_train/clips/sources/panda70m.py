@@ -7,24 +7,16 @@ Format as published: ``videoID``, ``url``, ``timestamp`` ("[['0:00:08.123', '0:0
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from exvideo_train.clips.bounds import parse_json, shown
 from exvideo_train.clips.container import Reason
 from exvideo_train.clips.record import ClipRecord
-from exvideo_train.clips.sources.base import (
-    MALFORMED_ROW,
-    Dropped,
-    RawRows,
-    Source,
-    as_score,
-    metadata_files,
-    parse_timestamp,
-    span_problem,
-)
+from exvideo_train.clips.sources.base import Dropped, RawRows, as_score, parse_timestamp, span_problem
+from exvideo_train.clips.sources.table import Table
 from exvideo_train.clips.sources.text_files import csv_pieces
 from exvideo_train.clips.sources.video_index import VideoIndex
 
@@ -35,61 +27,61 @@ _PAIRS = re.compile(rf"\[\s*{_PAIR.pattern}(?:\s*,\s*{_PAIR.pattern})*\s*\]")
 _STRING = r"""(?:'([^'\\]*)'|"([^"\\]*)")"""
 _STRINGS = re.compile(rf"\[\s*{_STRING}(?:\s*,\s*{_STRING})*\s*\]")
 _ONE_STRING = re.compile(_STRING)
+# A day of clips of five seconds has 17,000 captions; Python's parser takes half a kilobyte an entry.
+_MAX_COMMAS = 100_000
 
 
 @dataclass
-class Panda70M(Source):
+class Panda70M(Table):
     """Clips of Panda-70M metadata over a folder of videos named by YouTube id, or by id and span."""
 
-    metadata: str
     index: VideoIndex
     videos_are_cut: bool | None
     """True or False for files named by id alone; None leaves it to probing."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.name = "panda70m"
         self.may_be_cut = self.videos_are_cut is None
-        self._files = metadata_files(self.metadata)
-
-    def total_progress(self) -> int:
-        return sum(path.stat().st_size for path in self._files)
 
     def pieces(self) -> Iterator[RawRows]:
+        yield self.index.refused_folders()
         for path in self._files:
             yield from csv_pieces(path, required=("videoID", "timestamp", "caption"))
 
-    def parse(self, piece: RawRows) -> Iterator[ClipRecord | Dropped]:
-        for number, row in piece.rows:
-            where = f"{piece.where}:{number}"
-            try:
-                spans = parse_spans(row["timestamp"] or "")
-                captions = parse_list(row["caption"] or "")
-                if len(captions) != len(spans):
-                    raise ValueError(f"{len(spans)} timestamps but {len(captions)} captions")
-                columns = [(name, _optional_list(row, column, len(spans))) for column, name in _COLUMNS]
-            except (TypeError, ValueError, SyntaxError) as error:
-                yield Dropped(MALFORMED_ROW, str(error), where, row.get("videoID") or "")
-                continue
-            video_id = row["videoID"]
-            for clip, span in enumerate(spans):
-                scores = {
-                    name: score
-                    for name, values in columns
-                    if values is not None and (score := _SCORE_READERS[name](values[clip])) is not None
-                }
-                yield self._clip(video_id, span, str(captions[clip] or "").strip(), scores, where)
+    def clips(self, row: dict[str, str], where: str) -> list[ClipRecord | Dropped]:
+        video_id = row["videoID"]
+        spans = parse_spans(row["timestamp"])
+        captions = parse_list(row["caption"])
+        if len(captions) != len(spans):
+            raise ValueError(f"{len(spans)} timestamps but {len(captions)} captions")
+        columns = [(name, _optional_list(row, column, len(spans))) for column, name in _COLUMNS]
+        entries: list[ClipRecord | Dropped] = []
+        for clip, span in enumerate(spans):
+            scores = {
+                name: score
+                for name, values in columns
+                if values is not None and (score := _SCORE_READERS[name](values[clip])) is not None
+            }
+            entries += self._clip(video_id, span, captions[clip] or "", scores, where)
+        return entries
+
+    def video_of(self, row: dict[str, str]) -> str:
+        return row.get("videoID", "")
 
     def _clip(
-        self, video_id: str, span: tuple[float, float], caption: str, scores: dict[str, float], where: str
-    ) -> ClipRecord | Dropped:
+        self, video_id: str, span: tuple[float, float], caption: object, scores: dict[str, float], where: str
+    ) -> list[ClipRecord | Dropped]:
+        if not isinstance(caption, str):
+            raise ValueError(f"caption {shown(caption)} is not text")
         problem = span_problem(*span)
         if problem:
-            return Dropped(Reason.BAD_SPAN.value, problem, where, video_id, *span)
+            return [Dropped(Reason.BAD_SPAN.value, problem, where, video_id, *span)]
         found = self.index.find_span(video_id, *span)
         if found is None:
-            return Dropped(Reason.MISSING.value, f"no video file is named {video_id}", where, video_id, *span)
+            return [Dropped(Reason.MISSING.value, f"no video file is named {video_id}", where, video_id, *span)]
         path, named_by_span = found
-        return self.record(video_id, path, span, caption, scores, named_by_span or bool(self.videos_are_cut))
+        return self.clip(video_id, path, span, caption, scores, where, named_by_span or bool(self.videos_are_cut))
 
 
 def _desirable(value: object) -> float | None:
@@ -116,7 +108,7 @@ def parse_spans(text: str) -> list[tuple[float, float]]:
     spans = []
     for pair in parse_list(text):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ValueError(f"timestamp {pair!r} is not a pair")
+            raise ValueError(f"timestamp {shown(pair)} is not a pair")
         spans.append((parse_timestamp(pair[0]), parse_timestamp(pair[1])))
     return spans
 
@@ -125,12 +117,14 @@ def parse_list(text: str) -> list[Any]:
     """The Python (or JSON) list that a field holds as text.
 
     Raises:
-        ValueError: not a list.
+        ValueError: not a list, or one beyond the bounds.
     """
+    if text.count(",") > _MAX_COMMAS:
+        raise ValueError(f"{text[:60]!r} goes on for more than {_MAX_COMMAS:,} commas")
     if _STRINGS.fullmatch(text.strip()):
         return [single or double for single, double in _ONE_STRING.findall(text)]
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         try:
             value = ast.literal_eval(text.strip())

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from exvideo_train.clips.sources.base import VIDEO_SUFFIXES
+from exvideo_train.clips.container import UnreadableClip
+from exvideo_train.clips.sources.base import VIDEO_SUFFIXES, Dropped, RawRows
+from exvideo_train.clips.sources.folders import DataFolder
 
 # <id>_<start>_<end>, as cutting scripts name what they cut: timestamps with : - _ or . between their parts, or seconds.
 _CLOCK = r"\d{1,2}[:\-_.]\d{2}[:\-_.]\d{2}[.,_]\d{1,6}"
@@ -48,42 +49,34 @@ def _name_seconds(text: str) -> float:
     return int(hours) * 3600 + int(minutes) * 60 + float(f"{seconds}.{fraction}")
 
 
-def iter_files(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """(folder, sorted file names) of a tree, in a fixed order; links to folders are followed once."""
-    seen: set[tuple[int, int]] = set()
-    stack = [folder]
-    while stack:
-        current = stack.pop()
-        status = os.stat(current)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        files, folders = [], []
-        with os.scandir(current) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    folders.append(entry.path)
-                elif not entry.name.startswith("."):
-                    files.append(entry.name)
-        yield current, sorted(files)
-        stack.extend(sorted(folders, reverse=True))
-
-
 @dataclass
 class VideoIndex:
     """Video files of a folder by stem, or by id and span for names that carry a span."""
 
+    folder: str
     arrays: Path
     num_files: int
     has_span_names: bool
+    refused: dict[str, UnreadableClip]
+    """Files that bear a video's name but may not be read, by path."""
+    dropped: list[Dropped]
+    """Folders that were not searched."""
     _loaded: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     _last: tuple[str, str | None] = ("", None)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_loaded": {}}
 
+    def refused_folders(self) -> RawRows:
+        """What was not searched, for the list of drops."""
+        return RawRows(self.folder, [], 0, self.dropped)
+
     def find(self, key: str) -> str | None:
-        """Path of the file with this key, None when there is none; of several the first in order of path."""
+        """Path of the file with this key, None when there is none; of several the first in order of path.
+
+        Raises:
+            UnreadableClip: that file may not be read.
+        """
         if not self._loaded:
             self._load()
         arrays = self._loaded
@@ -94,7 +87,10 @@ class VideoIndex:
         number = int(arrays["order"][position])
         begin, end = arrays["offsets"][number : number + 2]
         name = bytes(arrays["names"][begin:end])
-        return os.fsdecode(os.path.join(self._folders[int(arrays["folders"][number])], name))
+        path = os.fsdecode(os.path.join(self._folders[int(arrays["folders"][number])], name))
+        if self.refused and path in self.refused:
+            raise self.refused[path]
+        return path
 
     def find_span(self, video_id: str, start_seconds: float, end_seconds: float) -> tuple[str, bool] | None:
         """(path, whether the file holds this span alone) of a video."""
@@ -116,17 +112,26 @@ class VideoIndex:
         self._folders = (self.arrays / "folders.txt").read_bytes().split(b"\0")
 
 
-def build_video_index(folder: Path, arrays: Path) -> VideoIndex:
+def build_video_index(folder: Path, arrays: Path, follow_links: bool = False) -> VideoIndex:
     """List `folder` and write the index's arrays into the folder `arrays`."""
     arrays.mkdir(parents=True, exist_ok=True)
     hashes, folder_numbers, offsets = _Column("u8"), _Column("i4"), _Column("i8")
     folders: list[bytes] = []
+    refused: dict[str, UnreadableClip] = {}
+    dropped: list[Dropped] = []
     has_span_names = False
     position = 0
     with open(arrays / "names.bin", "wb") as names:
-        for current, files in iter_files(str(folder)):
-            folders.append(os.fsencode(current))
-            for name in files:
+        for listing in DataFolder(str(folder), follow_links).walk():
+            folders.append(os.fsencode(listing.folder))
+            for name, problem in listing.refused:
+                path = os.path.join(listing.folder, name)
+                if name.lower().endswith(VIDEO_SUFFIXES):
+                    refused[path] = problem
+                elif os.path.isdir(path):
+                    dropped.append(Dropped(problem.reason, problem.detail, path, path))
+            # A refused file keeps its place, so that its clips are said to be refused, not missing.
+            for name in sorted([*listing.files, *(name for name, _ in listing.refused)]):
                 stem, suffix = os.path.splitext(name)
                 if suffix.lower() not in VIDEO_SUFFIXES:
                     continue
@@ -146,7 +151,7 @@ def build_video_index(folder: Path, arrays: Path) -> VideoIndex:
     np.save(arrays / "offsets.npy", offsets.array())
     np.save(arrays / "folders.npy", folder_numbers.array())
     (arrays / "folders.txt").write_bytes(b"\0".join(folders))
-    return VideoIndex(arrays, len(unsorted), has_span_names)
+    return VideoIndex(str(folder), arrays, len(unsorted), has_span_names, refused, dropped)
 
 
 class _Column:

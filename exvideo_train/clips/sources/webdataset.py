@@ -5,16 +5,18 @@ Shards are read in place: a clip's video is named ``shard.tar::member``.
 
 from __future__ import annotations
 
-import json
 import os
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from exvideo_train.clips.container import Reason
+from exvideo_train.clips.bounds import MAX_LINE_BYTES, parse_json
+from exvideo_train.clips.container import Reason, UnreadableClip
 from exvideo_train.clips.record import TAR_SEPARATOR, ClipRecord
+from exvideo_train.clips.shards import FOLDER, MAX_MEMBER_BYTES, DamagedShard, Member, iter_members
 from exvideo_train.clips.sources.base import (
+    BAD_NAME,
     UNREADABLE_SIDECAR,
     VIDEO_SUFFIXES,
     Dropped,
@@ -23,8 +25,10 @@ from exvideo_train.clips.sources.base import (
     as_score,
     videos_folder,
 )
-from exvideo_train.clips.sources.video_index import iter_files
+from exvideo_train.clips.sources.folder import MAX_CAPTION_BYTES, ROWS_A_PIECE
+from exvideo_train.clips.sources.folders import DataFolder, name_problem
 from exvideo_train.errors import UserError
+from exvideo_train.files import open_regular
 
 _SCORES = {
     "matching_score": "matching",
@@ -35,7 +39,10 @@ _SCORES = {
     "clip_similarity": "clip_similarity",
 }
 _CAPTION_KEYS = ("caption", "Caption", "text")
-_ROWS_A_PIECE = 2000
+_SHARD = ".tar"
+_SIDECARS = (".txt", ".json")
+# The content of what lies beside a video, given its path or its member's name and the most bytes of it.
+_Read = Callable[[str, int], bytes | None]
 
 
 @dataclass
@@ -43,80 +50,103 @@ class WebDataset(Source):
     """Clips of video2dataset output, found by walking a folder (or one shard)."""
 
     videos: str
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         self.name = "webdataset"
         self.progress_unit = "files"
-        is_shard = os.path.isfile(self.videos) and self.videos.endswith(".tar")
-        self._root = os.path.abspath(self.videos) if is_shard else str(videos_folder(self.videos))
+        self._shard = os.path.abspath(self.videos) if _is_shard(self.videos) else ""
+        self._folder = DataFolder("" if self._shard else str(videos_folder(self.videos)), self.follow_links)
 
     def total_progress(self) -> None:
         return None
 
     def pieces(self) -> Iterator[RawRows]:
-        if self._root.endswith(".tar"):
-            yield RawRows(self._root, [], 1)
+        if self._shard:
+            folder, name = os.path.split(self._shard)
+            yield RawRows(folder, [(0, name)], 1)
             return
-        found = False
-        for folder, files in iter_files(self._root):
-            for name in files:
-                if name.endswith(".tar"):
-                    found = True
-                    yield RawRows(os.path.join(folder, name), [], 1)
-            videos = [name for name in files if name.lower().endswith(VIDEO_SUFFIXES)]
-            found = found or bool(videos)
-            for start in range(0, len(videos), _ROWS_A_PIECE):
-                part = videos[start : start + _ROWS_A_PIECE]
-                yield RawRows(folder, list(enumerate(part)), len(part))
+        found, refused = False, ""
+        for listing in self._folder.walk():
+            shards = [name for name in listing.files if name.endswith(_SHARD)]
+            for name in shards:
+                yield RawRows(listing.folder, [(0, name)], 1)
+            videos, dropped = listing.videos(), listing.drops((*VIDEO_SUFFIXES, _SHARD))
+            found = found or bool(videos or shards)
+            refused = refused or (dropped[0].detail if dropped else "")
+            for start in range(0, len(videos), ROWS_A_PIECE):
+                part = videos[start : start + ROWS_A_PIECE]
+                yield RawRows(listing.folder, list(enumerate(part)), len(part))
+            if dropped:
+                yield RawRows(listing.folder, [], 0, dropped)
         if not found:
+            why = f"; not used: {refused}" if refused else ""
             raise UserError(
-                f"videos={self.videos} holds neither .tar shards nor video files; give video2dataset's output"
+                f"videos={self.videos} holds neither .tar shards nor video files; give video2dataset's output{why}"
             )
 
     def parse(self, piece: RawRows) -> Iterator[ClipRecord | Dropped]:
-        if piece.where.endswith(".tar"):
-            yield from self._parse_shard(piece.where)
-            return
+        yield from piece.dropped
         for _, name in piece.rows:
-            stem = os.path.splitext(os.path.join(piece.where, name))[0]
-            video, json_path = os.path.join(piece.where, name), stem + ".json"
-            yield from self._clip(video, _read(stem + ".txt"), _read(json_path), json_path)
+            path = os.path.join(piece.where, name)
+            if name.endswith(_SHARD):
+                yield from self._parse_shard(path)
+            else:
+                yield from self._clip(path, "", self._folder.read)
 
     def _parse_shard(self, shard: str) -> Iterator[ClipRecord | Dropped]:
-        """Pairs members by their name up to the first dot, as WebDataset does."""
-        texts: dict[tuple[str, str], bytes] = {}
-        videos: list[str] = []
         try:
-            with tarfile.open(shard, "r|") as members:
-                for member in members:
-                    if not member.isreg():
-                        continue
-                    key, suffix = _split_member(member.name)
-                    if suffix.lower() in VIDEO_SUFFIXES:
-                        videos.append(member.name)
-                    elif suffix in (".txt", ".json"):
-                        stream = members.extractfile(member)
-                        assert stream is not None
-                        texts[key, suffix] = stream.read()
-        except (tarfile.TarError, EOFError, OSError) as error:
-            yield Dropped(
-                Reason.CORRUPT.value, f"{shard} is not a whole tar file ({error}); its end is not used", shard
-            )
-        for name in sorted(videos):
-            key, _ = _split_member(name)
-            video, json_path = (f"{shard}{TAR_SEPARATOR}{member}" for member in (name, f"{key}.json"))
-            yield from self._clip(video, texts.get((key, ".txt")), texts.get((key, ".json")), json_path)
+            stream = open_regular(Path(shard))
+        except UserError as error:
+            yield Dropped(Reason.READ_ERROR.value, str(error), shard)
+            return
+        with stream:
+            descriptor, sidecars, videos, drops = stream.fileno(), dict[str, Member](), list[str](), list[Dropped]()
+            try:
+                for member in iter_members(descriptor):
+                    _sort_member(member, f"{shard}{TAR_SEPARATOR}", sidecars, videos, drops)
+            except DamagedShard as damage:
+                drops.append(Dropped(Reason.CORRUPT.value, f"{shard}: {damage}; nothing is used from there on", shard))
+            yield from drops
 
-    def _clip(
-        self, video: str, text: bytes | None, json_text: bytes | None, json_path: str
-    ) -> Iterator[ClipRecord | Dropped]:
+            def read(name: str, max_bytes: int) -> bytes | None:
+                member = sidecars.get(name)
+                if member is None:
+                    return None
+                if member.kind:
+                    raise UnreadableClip(Reason.NOT_A_FILE, f"{name} is {member.kind}")
+                return os.pread(descriptor, min(member.size, max_bytes), member.offset)
+
+            for name in sorted(videos):
+                yield from self._clip(name, f"{shard}{TAR_SEPARATOR}", read)
+
+    def _clip(self, name: str, prefix: str, read: _Read) -> list[ClipRecord | Dropped]:
+        """The clip of a file, or with the prefix ``shard.tar::`` of a member, with what lies beside it."""
+        video = prefix + name
+        notes: list[ClipRecord | Dropped] = []
+        content: dict[str, tuple[str, bytes]] = {}
+        for suffix, max_bytes in zip(_SIDECARS, (MAX_CAPTION_BYTES, MAX_LINE_BYTES + 1), strict=True):
+            for stem in _stems(name):
+                try:
+                    found = read(stem + suffix, max_bytes)
+                except UnreadableClip as problem:
+                    notes.append(
+                        Dropped(UNREADABLE_SIDECAR, f"it is not used: {problem.detail}", prefix + stem + suffix, video)
+                    )
+                    continue
+                if found is not None:
+                    content[suffix] = prefix + stem + suffix, found
+                    break
         metadata: dict[str, Any] = {}
+        json_path, json_text = content.get(".json", ("", b"{}"))
         try:
             metadata = _as_object(json_text)
         except ValueError as error:
-            detail = f"its scores are lost ({error}); download it again"
-            yield Dropped(UNREADABLE_SIDECAR, detail, json_path, video)
-        caption = text.decode("utf-8", errors="replace") if text is not None else ""
+            notes.append(
+                Dropped(UNREADABLE_SIDECAR, f"its scores are lost ({error}); download it again", json_path, video)
+            )
+        text_path, text = content.get(".txt", (json_path, b""))
+        caption = text.decode("utf-8-sig", errors="replace")
         for key in _CAPTION_KEYS:
             value = metadata.get(key)
             if isinstance(value, (list, tuple)) and len(value) == 1:
@@ -124,27 +154,49 @@ class WebDataset(Source):
             if not caption.strip() and isinstance(value, str):
                 caption = value
         scores = {name: score for key, name in _SCORES.items() if (score := as_score(metadata.get(key))) is not None}
-        yield self.record(video, video, (0.0, None), caption.strip(), scores)
+        return [*notes, *self.clip(video, video, (0.0, None), caption, scores, text_path or video)]
 
 
-def _split_member(name: str) -> tuple[str, str]:
+def _is_shard(path: str) -> bool:
+    return path.endswith(_SHARD) and os.path.isfile(path)
+
+
+def _sort_member(
+    member: Member, prefix: str, sidecars: dict[str, Member], videos: list[str], drops: list[Dropped]
+) -> None:
+    """Put a member where it belongs; what could be a video but is none is dropped."""
+    place = prefix + member.name
+    lower = member.name.lower()
+    problem = name_problem(member.name)
+    if lower.endswith(_SIDECARS):
+        if member.name in sidecars:
+            drops.append(Dropped(UNREADABLE_SIDECAR, "the shard holds it again behind this one", place, place))
+        sidecars[member.name] = member
+    elif problem and not member.kind:
+        drops.append(Dropped(BAD_NAME, problem, place, place))
+    elif not lower.endswith(VIDEO_SUFFIXES) or member.kind == FOLDER:
+        return
+    elif member.kind:
+        drops.append(Dropped(Reason.NOT_A_FILE.value, f"it is {member.kind}", place, place))
+    elif member.size > MAX_MEMBER_BYTES:
+        detail = f"{member.size:,} bytes; {MAX_MEMBER_BYTES:,} are the most in a shard: unpack it"
+        drops.append(Dropped(Reason.TOO_LARGE.value, detail, place, place))
+    else:
+        videos.append(member.name)
+
+
+def _stems(name: str) -> list[str]:
+    """What a video's caption and metadata may be named, but for their suffix.
+
+    ``clip.v1.mp4`` has ``clip.v1.txt``, or ``clip.txt`` as WebDataset pairs members: by their name up to the first dot.
+    """
     folder, base = os.path.split(name)
-    key, dot, suffix = base.partition(".")
-    return os.path.join(folder, key), dot + suffix
+    stems = [os.path.splitext(name)[0], os.path.join(folder, base.partition(".")[0])]
+    return stems if stems[0] != stems[1] else stems[:1]
 
 
-def _read(path: str) -> bytes | None:
-    try:
-        with open(path, "rb") as stream:
-            return stream.read()
-    except FileNotFoundError:
-        return None
-
-
-def _as_object(content: bytes | None) -> dict[str, Any]:
-    if content is None:
-        return {}
-    value = json.loads(content)
+def _as_object(content: bytes) -> dict[str, Any]:
+    value = parse_json(content)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value

@@ -1,0 +1,79 @@
+"""Metadata in tables: a row costs a row, whatever it holds."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from exvideo_train.clips.bounds import parse_json, shown
+from exvideo_train.clips.container import UnreadableClip
+from exvideo_train.clips.record import ClipRecord
+from exvideo_train.clips.sources.base import MALFORMED_ROW, Dropped, RawRows, Source, metadata_files
+
+# What a row of another shape than expected gives rise to; anything else is a bug.
+_ROW_ERRORS = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+
+
+@dataclass
+class Table(Source):
+    """A data set whose metadata are text files with a row, in one of them, for one clip or more."""
+
+    metadata: str
+
+    def __post_init__(self) -> None:
+        self._files = metadata_files(self.metadata)
+
+    def total_progress(self) -> int:
+        return sum(path.stat().st_size for path in self._files)
+
+    def parse(self, piece: RawRows) -> Iterator[ClipRecord | Dropped]:
+        yield from piece.dropped
+        for number, row in piece.rows:
+            where = f"{piece.where}:{number}"
+            try:
+                yield from self.clips(row, where)
+            except UnreadableClip as problem:
+                yield Dropped(problem.reason, problem.detail, where, self.video_of(row))
+            except _ROW_ERRORS as error:
+                detail = f"column {shown(error.args[0])} is missing" if isinstance(error, KeyError) else str(error)
+                yield Dropped(MALFORMED_ROW, detail, where, self.video_of(row))
+
+    @abstractmethod
+    def clips(self, row: Any, where: str) -> list[ClipRecord | Dropped]:
+        """What one row holds, all of it or nothing.
+
+        Raises:
+            UnreadableClip: its video cannot be used, with the reason. ValueError and the like: it is malformed.
+        """
+
+    def video_of(self, row: Any) -> str:
+        """What names a row's video in the list of drops, as far as it can be told from a malformed row."""
+        return ""
+
+
+def parse_object(line: str) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        ValueError: it is none, or beyond the bounds.
+    """
+    row = parse_json(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"{shown(row)} is not a JSON object")
+    return row
+
+
+def text_field(row: dict[str, Any], name: str) -> str:
+    """A field's text, empty for null.
+
+    Raises:
+        ValueError: it is something else. KeyError: there is no such field.
+    """
+    value = row[name]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={shown(value)} is not text")
+    return value
