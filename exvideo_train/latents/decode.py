@@ -197,6 +197,8 @@ class DecodeWorker:
             self._process.kill()
             self._process.join()
         code: int | None = self._process.exitcode
+        # Its deadlines' timers hold it in a circle: without this, two descriptors stay open a process.
+        self._process.close()
         self._process = None
         return code
 
@@ -220,6 +222,8 @@ class _Deadline:
 
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
+        # One that has just expired still needs the process.
+        self._timer.join()
 
 
 class DecodePool:

@@ -1,5 +1,6 @@
 """Decoding processes with a real clip: killed, timed out, recycled."""
 
+import gc
 import os
 import signal
 import threading
@@ -44,6 +45,19 @@ def test_worker_is_recycled(worker, clip_path):
         pids.append(worker._process.pid)
     assert pids[0] == pids[1] != pids[2]
     assert not os.path.exists(f"/proc/{pids[0]}")
+
+
+def test_replaced_workers_leave_no_descriptors(worker, clip_path):
+    assert worker.decode(record_of(clip_path)).failure is None
+    before = os.listdir("/proc/self/fd")
+    # What only a collection of circles frees grows until one comes.
+    gc.disable()
+    try:
+        for _ in range(4):
+            assert worker.decode(record_of(clip_path)).failure is None
+    finally:
+        gc.enable()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_hanging_decoder_is_killed_and_replaced(worker, clip_path):
