@@ -241,6 +241,7 @@ class Trainer:
             values["clip_ids"] = clip_ids
         self.logger.record(self.step, values)
         self.logger.step_line(self.step, values)
+        self.samples.poll()
         if new := sorted(corrupt - self.reported_corrupt):
             self.logger.message(f"step {self.step}: corrupt latents, replaced by the next in order: {', '.join(new)}")
             self.reported_corrupt |= corrupt
