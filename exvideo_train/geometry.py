@@ -5,6 +5,7 @@ Axis letters: F video frames, T latent frames, H height, W width.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -52,8 +53,8 @@ class Geometry:
                     f"{field}={pixels}: must be a positive multiple of 16 (8 pixels a latent, 2 latents a patch); "
                     f"use {field}={lower} or {field}={lower + PIXELS_PER_PATCH}"
                 )
-        if not self.fps > 0:
-            raise UserError(f"fps={self.fps}: must be positive; CogVideoX is trained at fps=8")
+        if not 0 < self.fps < math.inf:
+            raise UserError(f"fps={self.fps}: must be positive and finite; CogVideoX is trained at fps=8")
 
     @property
     def num_latent_frames(self) -> int:

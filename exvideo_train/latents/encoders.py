@@ -15,6 +15,7 @@ from torch import Tensor
 
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import FRAME_CHUNK, SPATIAL_COMPRESSION
+from exvideo_train.latents.fields import check_scaling_factor
 
 
 class TextEncoder:
@@ -73,7 +74,7 @@ class VideoEncoder:
         tiling: work in overlapping tiles: less memory, and slightly other latents.
 
     Raises:
-        UserError: the VAE cannot be loaded.
+        UserError: the VAE cannot be loaded, or its scaling factor is no positive finite number.
     """
 
     def __init__(self, model_path: Path, device: torch.device | str, dtype: torch.dtype, tiling: bool) -> None:
@@ -83,7 +84,7 @@ class VideoEncoder:
         self.dtype = dtype
         self._vae: Any = _load(AutoencoderKLCogVideoX, model_path / "vae", torch_dtype=dtype)
         self._vae.requires_grad_(False).eval().to(self.device)
-        self.scaling_factor = float(self._vae.config.scaling_factor)
+        self.scaling_factor = check_scaling_factor(self._vae.config.scaling_factor, model_path / "vae" / "config.json")
         if tiling:
             self._vae.enable_tiling()
 

@@ -14,8 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from exvideo_train.errors import UserError
-from exvideo_train.files import atomic_write_json, sha256_file
+from exvideo_train.files import atomic_write_json, sha256_file, short
 from exvideo_train.geometry import Geometry
+from exvideo_train.latents.fields import (
+    COUNT,
+    DTYPE,
+    POSITIVE_COUNT,
+    RATE,
+    TEXT,
+    YES_OR_NO,
+    check_fields,
+    check_scaling_factor,
+)
 
 # The folders of the published layout whose files shape what is stored.
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
@@ -39,6 +49,17 @@ _FIELD_KIND = {
     "height": "geometry",
     "width": "geometry",
     "fps": "geometry",
+}
+_KINDS = {
+    **dict.fromkeys(("num_frames", "height", "width"), POSITIVE_COUNT),
+    "fps": RATE,
+    "frame_rule_version": COUNT,
+}
+_KINDS_OR_NULL = {
+    **dict.fromkeys(("vae_sha256", "text_encoder_sha256", "tokenizer_sha256", "decoder"), TEXT),
+    **dict.fromkeys(("vae_dtype", "text_dtype"), DTYPE),
+    "tiling": YES_OR_NO,
+    "text_length": POSITIVE_COUNT,
 }
 
 
@@ -80,21 +101,31 @@ class Fingerprint:
         return content
 
     @classmethod
-    def from_json(cls, content: dict[str, Any], where: Path) -> Fingerprint:
+    def from_json(cls, content: Any, where: Path) -> Fingerprint:
         """The inverse of :meth:`to_json`; ``where`` is named in errors.
 
         Raises:
-            UserError: fields are missing or unknown.
+            UserError: fields are missing, unknown or of another kind.
         """
+        if not isinstance(content, dict):
+            raise UserError(f"{where}: {short(content)} is no fingerprint; fetch the store again")
         content = {"decoder": _UNNAMED_DECODER, **content}
         known = {f.name for f in fields(cls)}
         if set(content) != known:
-            odd = sorted(set(content) ^ known)
+            odd = sorted(map(short, set(content) ^ known))
             raise UserError(
                 f"{where}: a fingerprint has other fields than this version knows ({', '.join(odd)}); "
                 "use the version that wrote the store, or encode into a new latents folder"
             )
-        return cls(**content)
+        try:
+            check_fields(content, _KINDS, _KINDS_OR_NULL)
+            fingerprint = cls(**content)
+            _ = fingerprint.geometry
+        except ValueError as error:
+            raise UserError(
+                f"{where}: in a fingerprint {error}; fetch the store again, or encode into a new latents folder"
+            ) from error
+        return fingerprint
 
     def digest(self) -> str:
         """Short hex digest that stands in every latent file of the geometry."""
@@ -163,23 +194,29 @@ def read_text_length(model_path: Path) -> int:
 
 
 def read_scaling_factor(model_path: Path) -> float:
-    """Factor between the VAE's posterior and the DiT's latents: ``scaling_factor`` of vae/config.json."""
+    """Factor between the VAE's posterior and the DiT's latents: ``scaling_factor`` of vae/config.json.
+
+    Raises:
+        UserError: the file cannot be read, or the factor is missing, no number, or not positive and finite.
+    """
     path = model_path / "vae" / "config.json"
     config = _read_config(path)
     if "scaling_factor" not in config:
         raise UserError(f"{path} has no scaling_factor; point model.path to a CogVideoX model")
-    return float(config["scaling_factor"])
+    return check_scaling_factor(config["scaling_factor"], path)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        raise ValueError(f"{short(content)} is no object")
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); point model.path to a folder in the published layout"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch it again") from error
 
 
@@ -211,9 +248,12 @@ class _DigestCache:
         self.path = Path(root) / "exvideo_train" / "sha256.json"
         self.changed = False
         try:
-            self.digests: dict[str, str] = json.loads(self.path.read_text())
-        except (OSError, ValueError):  # a missing or damaged cache only costs the time to read the files again
-            self.digests = {}
+            content = json.loads(self.path.read_text())
+        except (OSError, ValueError, RecursionError):
+            content = None
+        # A missing or damaged cache only costs the time to read the files again.
+        is_whole = isinstance(content, dict) and all(isinstance(digest, str) for digest in content.values())
+        self.digests: dict[str, str] = content if is_whole else {}
 
     def sha256(self, path: Path) -> str:
         try:
