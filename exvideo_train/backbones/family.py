@@ -43,6 +43,8 @@ class BackboneFamily(Generic[Config]):
     """Names of the Linears inside a block."""
     text_length: Callable[[Config], int]
     """Tokens that every prompt is padded to."""
+    sample_channels: Callable[[Config], tuple[int, int]]
+    """Channels of a video's latents and of a prompt's embedding."""
     num_base_frames: Callable[[Config], int]
     """Video frames that the base model was trained on."""
     num_tokens: Callable[[Config, Geometry], int]

@@ -75,7 +75,8 @@ class InspectLatents:
     latents: str = MISSING
     """Latent store."""
     repair: bool = True
-    """verify: delete damaged files and rewrite the index. Deleted clips are encoded again by the next run."""
+    """verify: move damaged files to damaged/ in the store and rewrite the index. Their clips are encoded again by the
+    next run. What cannot be read is left as it is, and keeps its line in the index."""
     num_workers: int = 0
     """verify: threads that read files; 0 takes one a core."""
     num_clips: int = 0

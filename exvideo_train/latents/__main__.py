@@ -13,27 +13,41 @@ from pathlib import Path
 from exvideo_train.config.latents import InspectLatents, StoreAction
 from exvideo_train.entry import run_command
 from exvideo_train.errors import UserError
+from exvideo_train.latents.inside import LINK_REMEDY, UNREADABLE_REMEDY, exists_inside
 from exvideo_train.latents.store import LatentStore
 
 
 def inspect_latents(config: InspectLatents) -> None:
-    """Run the command; damage that is not repaired ends it with status 1."""
-    from exvideo_train.latents import inspection
-
+    """Run the command; what is not repaired, or cannot be, ends it with status 1."""
     store = LatentStore.open(config.latents)
     if config.action is StoreAction.stats:
+        from exvideo_train.latents import inspection
+
         print(inspection.describe_stats(store, config.num_clips or 200))
     elif config.action is StoreAction.preview:
         _preview(config, store)
     else:
-        found = inspection.verify_store(store, config.repair, config.num_workers)
-        print(found.describe())
-        if found.is_clean:
-            print("the store is whole")
-        elif config.repair:
-            print("repaired: damaged files are deleted, the index holds what is whole; encode_latents fills the gaps")
-        else:
-            raise SystemExit(1)
+        _verify(config, store)
+
+
+def _verify(config: InspectLatents, store: LatentStore) -> None:
+    from exvideo_train.latents.verification import verify_store
+
+    found = verify_store(store, config.repair, config.num_workers)
+    print(found.describe())
+    if found.is_clean:
+        print("the store is whole")
+        return
+    for path in found.moved:
+        print(f"kept {path}")
+    if config.repair and found.has_damage and found.index_unreadable is None:
+        print("repaired: damaged files are in damaged/, the index holds what is whole; encode_latents fills the gaps")
+    if found.unreadable:
+        print(f"not whole: {len(found.unreadable)} of what could not be read; {UNREADABLE_REMEDY}, and verify again")
+    if found.survey.links:
+        print(f"not whole: {len(found.survey.links)} link(s); {LINK_REMEDY}, and verify again")
+    if not (config.repair and found.is_repairable):
+        raise SystemExit(1)
 
 
 def _preview(config: InspectLatents, store: LatentStore) -> None:
@@ -48,6 +62,8 @@ def _preview(config: InspectLatents, store: LatentStore) -> None:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(config.output) if config.output else store.path / "reports"
+    if not config.output:
+        exists_inside(store.path, folder)
     model_path = resolve_model_path(config.model_path, None, ("vae",))
     for path in inspection.write_previews(store, model_path, device, config.num_clips or 4, folder):
         print(path)

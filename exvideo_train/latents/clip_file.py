@@ -1,14 +1,23 @@
-"""One file of a latent store: safetensors, what it says of itself in its header, and a digest of its tensors."""
+"""One file of a latent store: safetensors, what it says of itself in its header, and a digest of its tensors.
+
+Latent files come from strangers too: the header is held against what the store promises before a tensor is read.
+Axis letters: C channel, T latent frames, H height, W width, L text tokens.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exvideo_train.errors import UserError
-from exvideo_train.files import read_safetensors_header
+from exvideo_train.errors import UnreadableFile, UserError
+from exvideo_train.files import parse_json, read_regular, read_safetensors_header, short
+from exvideo_train.latents.fields import CLIP_ID, COUNT, RATE, SHA256, TEXT, Kind, check_fields
+from exvideo_train.latents.inside import UNREADABLE_REMEDY, check_inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,15 +25,76 @@ if TYPE_CHECKING:
 # safetensors writes metadata in the order of a randomly seeded hash map: only with a single key are files
 # of equal content equal bytes.
 METADATA_KEY = "exvideo_train"
+# A bound for axes that nothing in the store fixes; published models have 16 latent and 4096 text channels.
+MAX_CHANNELS = 1 << 16
+_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_CONTENT: dict[str, Kind] = {"caption": TEXT, "sha256": SHA256}
+_CLIP_CONTENT: dict[str, Kind] = {**_CONTENT, "clip_id": CLIP_ID, "geometry": TEXT, "fingerprint": TEXT}
+_CLIP_OPTIONAL: dict[str, Kind] = {"sampling_fps": RATE, "num_tokens_cut": COUNT, "decord_refusal": TEXT}
 
 
-class CorruptLatent(UserError):
-    """A latent file that is missing, truncated or changed since it was written."""
+class UnusableLatent(UserError):
+    """A latent file that cannot be used; which of the three says what may be done with it."""
 
 
-def is_latent_file(path: Path) -> bool:
-    """False for the temporary files that a killed writer leaves."""
-    return path.suffix == ".safetensors" and not path.name.startswith(".")
+class MissingLatent(UnusableLatent):
+    """There is no such file."""
+
+
+class UnreadableLatent(UnusableLatent):
+    """It could not be read, or is a link or no regular file. Nothing is known of its content: it stays as it is."""
+
+
+class CorruptLatent(UnusableLatent):
+    """It was read, and is wrong: truncated, changed since it was written, or of something else."""
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """What a tensor must be.
+
+    Attributes:
+        dtype: ``bf16``, ``fp16`` or ``fp32``; None for any of them.
+        shape: with None for a number of channels that is not known.
+        num_channels_divides_by: of the first axis, two where it holds mean and log-variance.
+    """
+
+    dtype: str | None
+    shape: tuple[int | None, ...]
+    num_channels_divides_by: int = 1
+
+    def check(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Hold a header's entry against the rule.
+
+        Raises:
+            ValueError: names the field.
+        """
+        allowed = [_DTYPES[self.dtype]] if self.dtype else list(_DTYPES.values())
+        if entry["dtype"] not in allowed:
+            raise ValueError(f"{name}: dtype={short(entry['dtype'])}, expected {' or '.join(allowed)}")
+        shape = tuple(entry["shape"])
+        fits = len(shape) == len(self.shape) and all(
+            size == axis if axis is not None else 1 <= size <= MAX_CHANNELS
+            for size, axis in zip(shape, self.shape, strict=True)
+        )
+        if not fits or shape[0] % self.num_channels_divides_by:
+            expected = ", ".join("channels" if axis is None else str(axis) for axis in self.shape)
+            raise ValueError(f"{name}: shape={short(shape)}, expected ({expected})")
+
+
+@dataclass(frozen=True)
+class LatentHeader:
+    """A checked header.
+
+    Attributes:
+        content: what the file says of itself.
+        shapes: by tensor.
+        num_bytes: of the file.
+    """
+
+    content: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    num_bytes: int
 
 
 def tensors_digest(tensors: dict[str, Tensor]) -> str:
@@ -49,35 +119,87 @@ def encode_latent_file(tensors: dict[str, Tensor], content: dict[str, Any]) -> t
     return save(ready, metadata), sha256
 
 
-def read_content(path: Path) -> dict[str, Any]:
-    """What a file says of itself; reads its header only.
+@contextmanager
+def _told_apart(path: Path) -> Iterator[None]:
+    """Missing, unreadable or damaged: only what was read can be damaged."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise MissingLatent(f"{path} does not exist; encode again") from None
+    except UnusableLatent:
+        raise
+    except UnreadableFile as error:
+        message = str(error) if UNREADABLE_REMEDY in str(error) else f"{error}; {UNREADABLE_REMEDY}"
+        raise UnreadableLatent(message) from error
+    except OSError as error:
+        raise UnreadableLatent(f"{path} cannot be read ({error.strerror}); {UNREADABLE_REMEDY}") from error
+    except ValueError as error:
+        reason = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise CorruptLatent(f"{reason}; move it away and encode again") from error
+
+
+def read_header(root: Path, path: Path, rules: Mapping[str, TensorRule], is_clip: bool) -> LatentHeader:
+    """A file's header, held against what its tensors must be; reads no tensor.
+
+    Args:
+        root: the store's folder, below which no link is followed.
 
     Raises:
-        CorruptLatent: it is missing or no latent file.
+        UnusableLatent: see its subclasses; the message names file and field.
     """
-    try:
+    with _told_apart(path):
+        check_inside(root, path)
         header = read_safetensors_header(path)
-        content = dict[str, Any](json.loads(header["__metadata__"][METADATA_KEY]))
-    except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = str(error) if isinstance(error, UserError) else f"{path} is not a latent file ({error!r})"
-        raise CorruptLatent(f"{reason}; delete it and encode again") from error
-    return content
+        metadata = header.pop("__metadata__", {})
+        if METADATA_KEY not in metadata:
+            raise ValueError(f"its metadata has no {METADATA_KEY}")
+        try:
+            content = check_fields(
+                parse_json(metadata[METADATA_KEY]),
+                _CLIP_CONTENT if is_clip else _CONTENT,
+                _CLIP_OPTIONAL if is_clip else None,
+            )
+        except ValueError as error:
+            raise ValueError(f"metadata {METADATA_KEY}: {error}") from None
+        if set(header) != set(rules):
+            raise ValueError(f"it holds {', '.join(map(short, sorted(header)))}, expected {', '.join(sorted(rules))}")
+        for name, rule in rules.items():
+            rule.check(name, header[name])
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        return LatentHeader(content, shapes, path.stat().st_size)
 
 
-def read_latent_file(path: Path, verify: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by memory map, and what the file says of itself.
+def read_tensors(root: Path, path: Path, header: LatentHeader, verify: bool) -> dict[str, Tensor]:
+    """Tensors of a file whose header was read; with ``verify`` compared with their digest.
+
+    Not by a memory map: where the disk fails, or the file is cut meanwhile, that ends the process by a signal.
 
     Raises:
-        CorruptLatent: it is missing or no latent file, or with ``verify`` its tensors do not match their digest.
+        UnusableLatent: see its subclasses.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
-    content = read_content(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise CorruptLatent(f"{path} cannot be read ({error}); delete it and encode again") from error
-    if verify and tensors_digest(tensors) != content.get("sha256"):
-        raise CorruptLatent(f"{path}: its tensors do not match their checksum; delete it and encode again")
-    return tensors, content
+    with _told_apart(path):
+        check_inside(root, path)
+        try:
+            tensors = load(read_regular(path, header.num_bytes))
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != header.shapes:
+            raise ValueError("changed while it was read")
+        if verify and tensors_digest(tensors) != header.content["sha256"]:
+            raise ValueError("its tensors do not match their checksum")
+    return tensors
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse infinities and NaNs, which an encoder should have been stopped for.
+
+    Raises:
+        CorruptLatent: names the tensor.
+    """
+    with _told_apart(path):
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} has infinite or NaN values")

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from exvideo_train.diffusion.objective import draw
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.clip_file import CorruptLatent
+from exvideo_train.latents.clip_file import UnusableLatent
 from exvideo_train.latents.order import SampleOrder
 from exvideo_train.latents.store import LatentStore, StoredClip
 from exvideo_train.terminal import escaped
@@ -150,23 +150,24 @@ class LatentDataset(Dataset[TrainingSample]):
             clip_id = clip_ids[self.order.streams[bucket].clip_at(stream_position + offset)]
             try:
                 return clip_id, self.store.read(clip_id, geometry), tuple(replaced)
-            except CorruptLatent as error:
+            except UnusableLatent as error:
                 replaced.append(clip_id)
                 self._report(clip_id, error)
         raise UserError(
-            f"latents={self.store.path}: every clip of {geometry.name} is corrupt; repair the store with "
+            f"latents={self.store.path}: every clip of {geometry.name} is damaged or cannot be read; which of "
+            "both, and what to do, says "
             f"python -m exvideo_train.latents verify latents={self.store.path}"
         )
 
-    def _report(self, clip_id: str, error: CorruptLatent) -> None:
+    def _report(self, clip_id: str, error: UnusableLatent) -> None:
         if clip_id not in self.corrupt_clips:
             self.corrupt_clips.add(clip_id)
             _log.warning("clip %s is replaced by the next in order: %s", clip_id, escaped(str(error)))
         if len(self.corrupt_clips) > self.max_corrupt_clips:
             raise UserError(
-                f"{len(self.corrupt_clips)} latent files are corrupt, more than data.max_corrupt_clips="
-                f"{self.max_corrupt_clips}; the last: {error}. Repair the store with "
-                f"python -m exvideo_train.latents verify latents={self.store.path}"
+                f"{len(self.corrupt_clips)} latent files are damaged or cannot be read, more than "
+                f"data.max_corrupt_clips={self.max_corrupt_clips}; the last: {error}. Which of both, and what to do, "
+                f"says python -m exvideo_train.latents verify latents={self.store.path}"
             )
 
 

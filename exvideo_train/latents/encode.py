@@ -6,7 +6,6 @@ watches them, and at the end brings the index up to date and reports. It loads n
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import time
@@ -18,13 +17,15 @@ from typing import Any
 
 from exvideo_train.config.latents import EncodeEngine, EncodeLatents
 from exvideo_train.errors import UserError
-from exvideo_train.files import atomic_write_json
+from exvideo_train.files import atomic_write_json, parse_json, read_regular
+from exvideo_train.latents.inside import hold_store
 from exvideo_train.latents.launch import Launch, find_launch, share_outcome
 from exvideo_train.latents.plan import (
     Plan,
     check_writable,
-    drop_damaged_empty_prompt,
     make_plan,
+    refuse_linked_store,
+    set_damaged_aside,
     sweep_temporary_files,
     take_from_index,
     write_index,
@@ -36,9 +37,9 @@ from exvideo_train.latents.settings import EncodeSettings, resolve_settings
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.latents.supervise import EncodersDied, Supervisor
 from exvideo_train.latents.work import HEARTBEAT_SECONDS, SILENCE_SECONDS, WorkList
-from exvideo_train.locks import hold
 
 INTERRUPTED_STATUS = 130
+_MAX_TOTALS_BYTES = 1 << 24
 
 
 def encode_latents(config: EncodeLatents) -> None:
@@ -80,7 +81,7 @@ def _prepare(config: EncodeLatents, settings: EncodeSettings, launch: Launch) ->
     # Figures of a run whose first rank was killed before it took them.
     shutil.rmtree(_totals_path(store.path, 0).parent, ignore_errors=True)
     take_from_index(store, settings.geometry, plan.outdated)
-    drop_damaged_empty_prompt(store)
+    set_damaged_aside(store, settings.geometry, plan.damaged)
     quarantine = Quarantine(store.path, settings.geometry)
     if config.retry_quarantined:
         for record in plan.pending:
@@ -95,9 +96,9 @@ def _run_first_rank(config: EncodeLatents, settings: EncodeSettings, launch: Lau
     path = settings.store_path
     with ExitStack() as stack:
         try:
+            refuse_linked_store(path, settings.geometry)
             check_writable(path, settings.geometry)
-            remedy = "wait until it has encoded its clips, or stop it first"
-            stack.enter_context(hold(path / "reports" / "in_use", f"latents={path}", remedy))
+            stack.enter_context(hold_store(path))
             store, plan = _prepare(config, settings, launch)
         except UserError as error:
             share_outcome(launch, str(error))
@@ -200,10 +201,11 @@ def _collect_totals(store_path: Path, launch: Launch, wait: bool) -> tuple[list[
         path = _totals_path(store_path, rank)
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.5)
-        if path.exists():
-            totals += totals_from_json(json.loads(path.read_text()))
+        try:
+            totals += totals_from_json(parse_json(read_regular(path, _MAX_TOTALS_BYTES)))
             path.unlink()
-        else:
+        except (ValueError, OSError) as error:
+            print(f"note: no figures from rank {rank}: {error}", flush=True)
             missing.append(rank)
     return totals, missing
 

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 
 from exvideo_train.clips.record import ClipRecord
 from exvideo_train.errors import UserError
-from exvideo_train.latents.clip_file import CorruptLatent
+from exvideo_train.latents.clip_file import UnusableLatent
 from exvideo_train.latents.decode import Decoded, DecodePool, Failure, exit_with_parent
+from exvideo_train.latents.index import IndexEntry
+from exvideo_train.latents.inside import set_aside
 from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.settings import EncodeSettings
-from exvideo_train.latents.store import IndexEntry, LatentStore
+from exvideo_train.latents.store import LatentStore
 from exvideo_train.latents.work import Heartbeat, WorkList
 
 if TYPE_CHECKING:
@@ -112,11 +114,13 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in cudnn)
 
 
-def not_finite(moments_CTHW: Tensor) -> Failure | None:
-    """A failure if the VAE gave infinities or NaNs, which training must never see."""
-    if moments_CTHW.isfinite().all():
-        return None
-    return Failure("not_finite", "the VAE gave infinite or NaN values; encoder_dtype=bf16 has more range than fp16")
+def not_finite(moments_CTHW: Tensor, text_LC: Tensor) -> Failure | None:
+    """A failure if the VAE or T5 gave infinities or NaNs, which training must never see."""
+    for tensor, encoder in ((moments_CTHW, "the VAE"), (text_LC, "the text encoder")):
+        if not tensor.isfinite().all():
+            remedy = "encoder_dtype=bf16 has more range than fp16"
+            return Failure("not_finite", f"{encoder} gave infinite or NaN values; {remedy}")
+    return None
 
 
 class EncodeLoop:
@@ -192,7 +196,7 @@ class EncodeLoop:
         began = time.monotonic()
         text_LC = encoder.text(record.caption)
         moments_CTHW = encoder.moments(decoded.frames_FHWC)
-        failure = not_finite(moments_CTHW)
+        failure = not_finite(moments_CTHW, text_LC)
         self.totals.encode_seconds += time.monotonic() - began
         if failure is not None:
             self._settle_failure(record, failure)
@@ -243,14 +247,18 @@ def is_settled(store: LatentStore, quarantine: Quarantine, record: ClipRecord) -
         return True
     try:
         return store.read_entry(record.clip_id, quarantine.geometry).is_of(record)
-    except CorruptLatent:
+    except UnusableLatent:
+        # The plan gives out no clip whose file could not be read: one that cannot now was to be replaced.
         return False
 
 
 def quarantine_clip(store: LatentStore, quarantine: Quarantine, record: ClipRecord, failure: Failure) -> None:
-    """Leave a clip out with its reason; a latent of its former caption or rate goes too."""
+    """Leave a clip out with its reason; a latent of its former caption or rate moves aside.
+
+    Left in place it would come back into the index when that is written anew from the files.
+    """
     quarantine.add(record, failure)
-    store.clip_path(record.clip_id, quarantine.geometry).unlink(missing_ok=True)
+    set_aside(store.path, store.clip_path(record.clip_id, quarantine.geometry))
 
 
 def encoder_main(connection: Connection, settings: EncodeSettings, device: str, owner: str) -> None:

@@ -1,149 +1,23 @@
-"""Checking, measuring and looking at a latent store.
+"""Measuring and looking at a latent store.
 
 Axis letters: C channel, T latent frames, F video frames, H height, W width.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_bytes
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.clip_file import CorruptLatent
-from exvideo_train.latents.store import IndexEntry, LatentStore
+from exvideo_train.latents.store import LatentStore
 
 FRAMES_SHOWN = 8
 CAPTION_LENGTH = 110
-
-
-@dataclass
-class Verification:
-    """What was found in one geometry: clip ids, and reasons of the damaged."""
-
-    geometry: Geometry
-    whole: list[IndexEntry] = field(default_factory=list)
-    damaged: dict[str, str] = field(default_factory=dict)
-    not_indexed: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    wrongly_indexed: list[str] = field(default_factory=list)
-
-    @property
-    def is_clean(self) -> bool:
-        return not (self.damaged or self.not_indexed or self.missing or self.wrongly_indexed)
-
-    def describe(self) -> str:
-        """A line of counts, and a line a damaged file."""
-        counts = (
-            f"{self.geometry.name}: {len(self.whole)} whole, {len(self.damaged)} damaged, {len(self.not_indexed)} not "
-            f"in the index, {len(self.missing)} indexed but missing, {len(self.wrongly_indexed)} wrongly indexed"
-        )
-        return "\n".join([counts, *(f"  {reason}" for reason in self.damaged.values())])
-
-
-@dataclass
-class StoreVerification:
-    """What was found in a store.
-
-    Attributes:
-        empty_prompt_damage: why training could not use the empty prompt's file; None when it can.
-    """
-
-    geometries: list[Verification]
-    empty_prompt_damage: str | None
-
-    @property
-    def is_clean(self) -> bool:
-        return self.empty_prompt_damage is None and all(result.is_clean for result in self.geometries)
-
-    def describe(self) -> str:
-        """The findings a geometry, and the empty prompt's if it is not whole."""
-        lines = [result.describe() for result in self.geometries]
-        if self.empty_prompt_damage is not None:
-            lines.append(f"empty prompt: missing or damaged\n  {self.empty_prompt_damage}")
-        return "\n".join(lines)
-
-
-def verify_store(store: LatentStore, repair: bool, num_workers: int = 0) -> StoreVerification:
-    """Read every file, compare it with its checksum and with the index.
-
-    Args:
-        repair: delete damaged files, the empty prompt's included, and write the index anew from the whole ones.
-        num_workers: reading threads, 0 for one a core.
-
-    Raises:
-        UserError: the store cannot be repaired because it is not writable.
-    """
-    try:
-        indexed = store.read_index()
-    except UserError as error:
-        print(f"note: {error}", flush=True)
-        indexed = {}
-    results = [_verify_geometry(store, geometry, indexed, num_workers) for geometry in store.geometries()]
-    found = StoreVerification(results, _empty_prompt_damage(store))
-    if repair and not (found.is_clean and store.index_path.exists()):
-        for result in results:
-            for clip_id in result.damaged:
-                _delete(store.clip_path(clip_id, result.geometry))
-        if found.empty_prompt_damage is not None:
-            _delete(store.empty_prompt_path)
-        store.write_index(entry for result in results for entry in result.whole)
-    return found
-
-
-def _empty_prompt_damage(store: LatentStore) -> str | None:
-    try:
-        store.empty_prompt(verify=True)
-    except CorruptLatent as error:
-        return str(error)
-    return None
-
-
-def _delete(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{path} is damaged and cannot be deleted ({error.strerror}); make its folder writable, or repair=false"
-        ) from error
-
-
-def _verify_geometry(
-    store: LatentStore, geometry: Geometry, indexed: dict[tuple[str, str], IndexEntry], num_workers: int
-) -> Verification:
-    result = Verification(geometry)
-
-    def check(clip_id: str) -> IndexEntry | CorruptLatent:
-        try:
-            store.read(clip_id, geometry, verify=True)
-            return store.read_entry(clip_id, geometry)
-        except CorruptLatent as error:
-            return error
-
-    ids = list(store.clip_ids_on_disk(geometry))
-    # Hashing and reading files release the interpreter lock.
-    with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
-        for clip_id, outcome in zip(ids, pool.map(check, ids), strict=True):
-            entry = indexed.get((geometry.name, clip_id))
-            if isinstance(outcome, CorruptLatent):
-                result.damaged[clip_id] = str(outcome)
-                continue
-            result.whole.append(outcome)
-            if entry is None:
-                result.not_indexed.append(clip_id)
-            elif entry != outcome:
-                result.wrongly_indexed.append(clip_id)
-    on_disk = set(ids)
-    result.missing = sorted(c for name, c in indexed if name == geometry.name and c not in on_disk)
-    return result
 
 
 def _spread(items: Sequence[str], count: int) -> list[str]:

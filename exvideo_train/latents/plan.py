@@ -9,7 +9,7 @@ import dataclasses
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from exvideo_train.clips.record import ClipRecord, read_manifest
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_bytes
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.clip_file import CorruptLatent
+from exvideo_train.latents.clip_file import CorruptLatent, MissingLatent, UnusableLatent
+from exvideo_train.latents.index import IndexEntry
+from exvideo_train.latents.inside import folders_below, is_folder, list_folder, refuse_links, set_aside
 from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.settings import EncodeSettings
-from exvideo_train.latents.store import IndexEntry, LatentStore
+from exvideo_train.latents.store import LatentStore
 
 
 @dataclass
@@ -36,6 +38,9 @@ class Plan:
         outdated: by id, all clips whose latents are of another caption or rate, those left for later included.
         num_held_back: quarantined by an earlier run, by reason.
         num_later: left for a later run by max_clips.
+        damaged: why, by id, of files in the store that are to be moved aside, in the manifest or not.
+        unreadable: the same of files that cannot be read and are left alone.
+        num_unreadable: clips of the manifest among these.
     """
 
     pending: list[ClipRecord] = field(default_factory=list)
@@ -46,6 +51,9 @@ class Plan:
     outdated: dict[str, ClipRecord] = field(default_factory=dict)
     num_held_back: Counter[str] = field(default_factory=Counter)
     num_later: int = 0
+    damaged: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    num_unreadable: int = 0
     bytes_per_clip: int = 0
     free_bytes: int = 0
 
@@ -69,6 +77,8 @@ class Plan:
             lines.append("             (retry_quarantined=true tries them again)")
         if self.num_later:
             lines.append(f"  later      {self.num_later} beyond max_clips")
+        lines += [f"  damaged    {reason}" for reason in self.damaged.values()]
+        lines += [f"  unreadable {reason}" for reason in self.unreadable.values()]
         need, free = self.bytes_needed / 2**30, self.free_bytes / 2**30
         lines.append(
             f"disk         {need:.2f} GiB needed ({self.bytes_per_clip / 1e6:.2f} MB a clip), {free:.1f} GiB free"
@@ -78,23 +88,40 @@ class Plan:
         return "\n".join(lines)
 
 
-def existing_entries(store: LatentStore, geometry: Geometry) -> dict[str, IndexEntry]:
-    """Index entries of all whole files of a geometry: from the index, or else from the file's header.
+@dataclass
+class Existing:
+    """What lies under the names of a geometry's clips.
 
-    Files that are no latents of this fingerprint are left out, to be written again.
+    Attributes:
+        entries: whole files, by the index or else by their headers.
+        damaged: why, by clip id: to be moved aside and encoded again.
+        unreadable: why, by clip id: may be whole, so they are neither taken for missing nor written over.
+    """
+
+    entries: dict[str, IndexEntry] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+def existing_clips(store: LatentStore, geometry: Geometry) -> Existing:
+    """Sort the files of a geometry; opens those alone that are not in the index.
+
+    Raises:
+        UserError: a folder of theirs is a link or cannot be listed, or the index cannot be read.
     """
     indexed = store.read_index()
-    entries = {}
+    existing = Existing()
     for clip_id in store.clip_ids_on_disk(geometry):
         entry = indexed.get((geometry.name, clip_id))
-        if entry is None:
-            try:
-                entry = store.read_entry(clip_id, geometry)
-            except CorruptLatent as error:
-                print(f"note: encoded again: {error}", flush=True)
-                continue
-        entries[clip_id] = entry
-    return entries
+        try:
+            existing.entries[clip_id] = entry or store.read_entry(clip_id, geometry)
+        except CorruptLatent as error:
+            existing.damaged[clip_id] = str(error)
+        except MissingLatent:
+            continue
+        except UnusableLatent as error:
+            existing.unreadable[clip_id] = str(error)
+    return existing
 
 
 def make_plan(
@@ -107,7 +134,8 @@ def make_plan(
     """
     plan = Plan(bytes_per_clip=settings.bytes_per_clip(), free_bytes=_free_bytes(settings.store_path))
     geometry = settings.geometry
-    existing = existing_entries(store, geometry) if geometry.name in store.fingerprints else {}
+    existing = existing_clips(store, geometry) if geometry.name in store.fingerprints else Existing()
+    plan.damaged, plan.unreadable = existing.damaged, existing.unreadable
     quarantine = Quarantine(settings.store_path, geometry)
     reasons = {} if retry_quarantined else {entry.clip_id: entry.reason for entry in quarantine}
     by_caption: dict[str, list[ClipRecord]] = {}
@@ -117,13 +145,15 @@ def make_plan(
             plan.num_repeated += 1
             continue
         seen.add(record.clip_id)
-        entry = existing.get(record.clip_id)
+        entry = existing.entries.get(record.clip_id)
         if entry is not None and entry.is_of(record):
             plan.num_reused += 1
             continue
         if entry is not None:
             plan.outdated[record.clip_id] = record
-        if record.clip_id in reasons:
+        if record.clip_id in existing.unreadable:
+            plan.num_unreadable += 1
+        elif record.clip_id in reasons:
             plan.num_held_back[reasons[record.clip_id]] += 1
         else:
             plan.num_changed += entry is not None
@@ -149,10 +179,8 @@ def _free_bytes(path: Path) -> int:
 
 def sweep_temporary_files(store: LatentStore, geometry: Geometry) -> int:
     """Delete what killed writers left behind; returns how many files. Nobody may be writing meanwhile."""
-    folders = [store.path]
     clips = store.path / "clips" / geometry.name
-    if clips.is_dir():
-        folders += [folder for folder in clips.iterdir() if folder.is_dir()]
+    folders = [store.path, *(Path(entry.path) for entry in list_folder(store.path, clips) if is_folder(entry))]
     num_swept = 0
     for folder in folders:
         for path in folder.glob(".*.tmp"):
@@ -161,15 +189,34 @@ def sweep_temporary_files(store: LatentStore, geometry: Geometry) -> int:
     return num_swept
 
 
-def drop_damaged_empty_prompt(store: LatentStore) -> None:
-    """Delete an empty prompt's file that training would refuse: the encoders write it where there is none."""
-    if not store.empty_prompt_path.exists():
-        return
+def set_damaged_aside(store: LatentStore, geometry: Geometry, clip_ids: Iterable[str]) -> None:
+    """Move damaged files to ``damaged/``, the empty prompt's too if training would refuse it: they are encoded anew.
+
+    Raises:
+        UserError: the empty prompt's file cannot be read, or a file cannot be moved.
+    """
+    paths = [store.clip_path(clip_id, geometry) for clip_id in clip_ids]
     try:
         store.empty_prompt(verify=True)
+    except MissingLatent:
+        pass
     except CorruptLatent as error:
-        print(f"note: encoded again: {error}", flush=True)
-        store.empty_prompt_path.unlink()
+        print(f"note: {error}", flush=True)
+        paths.append(store.empty_prompt_path)
+    for path in paths:
+        if (moved := set_aside(store.path, path)) is not None:
+            print(f"note: damaged and no longer used; kept as {moved}", flush=True)
+
+
+def refuse_linked_store(store_path: Path, geometry: Geometry) -> None:
+    """Fail before any work if writing into the store would leave it through a link.
+
+    Raises:
+        UserError: names the links.
+    """
+    clips = store_path / "clips"
+    reports = folders_below(store_path, store_path / "reports")
+    refuse_links(store_path, [store_path, clips, clips / geometry.name, *reports])
 
 
 def check_writable(store_path: Path, geometry: Geometry) -> None:
@@ -210,7 +257,7 @@ def write_index(store: LatentStore, geometry: Geometry, outdated: Mapping[str, C
     """
     entries = {
         clip_id: entry
-        for clip_id, entry in existing_entries(store, geometry).items()
+        for clip_id, entry in existing_clips(store, geometry).entries.items()
         if clip_id not in outdated or entry.is_of(outdated[clip_id])
     }
     others = [entry for entry in store.read_index().values() if entry.geometry != geometry.name]

@@ -5,15 +5,21 @@ One small immutable file a clip, written whole: several processes and machines m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from exvideo_train.clips.bounds import parse_json
 from exvideo_train.clips.record import ClipRecord
-from exvideo_train.files import atomic_write_json
+from exvideo_train.errors import UserError
+from exvideo_train.files import atomic_write_json, read_regular, short
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.decode import Failure
+from exvideo_train.latents.fields import CLIP_ID, TEXT, check_fields
+from exvideo_train.latents.inside import check_inside, exists_inside, is_folder, list_folder
+
+_MAX_RECORD_BYTES = 1 << 20
+_KINDS = {"clip_id": CLIP_ID, "reason": TEXT, "detail": TEXT, "video": TEXT}
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Quarantine:
     """The quarantined clips of one geometry of a store."""
 
     def __init__(self, store_path: Path, geometry: Geometry) -> None:
+        self.store_path = store_path
         self.geometry = geometry
         self.folder = store_path / "reports" / "quarantine" / geometry.name
 
@@ -47,22 +54,45 @@ class Quarantine:
         atomic_write_json(self._path(record.clip_id), content)
 
     def remove(self, clip_id: str) -> None:
-        """Let a clip be tried again."""
-        self._path(clip_id).unlink(missing_ok=True)
+        """Let a clip be tried again.
+
+        Raises:
+            UserError: its record cannot be deleted.
+        """
+        path = self._path(clip_id)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{path} cannot be deleted ({error.strerror}); delete it, then run again") from error
 
     def __contains__(self, clip_id: str) -> bool:
-        return self._path(clip_id).exists()
+        return exists_inside(self.store_path, self._path(clip_id))
 
     def __iter__(self) -> Iterator[Quarantined]:
-        """Quarantined clips, sorted by id."""
-        if not self.folder.is_dir():
-            return
-        for shard in sorted(self.folder.iterdir()):
-            for path in sorted(shard.glob("[!.]*.json")):
-                yield Quarantined(**json.loads(path.read_text()))
+        """Quarantined clips, sorted by id.
+
+        One whose record cannot be used is of the reason ``damaged_record``: it stays out until it is tried again.
+        """
+        for shard in list_folder(self.store_path, self.folder):
+            if not is_folder(shard):
+                continue
+            for entry in list_folder(self.store_path, self.folder / shard.name):
+                clip_id = entry.name.removesuffix(".json")
+                if clip_id != entry.name and clip_id[:3] == shard.name and CLIP_ID.accepts(clip_id):
+                    yield self._read(clip_id)
+
+    def _read(self, clip_id: str) -> Quarantined:
+        path = self._path(clip_id)
+        try:
+            check_inside(self.store_path, path)
+            content = check_fields(parse_json(read_regular(path, _MAX_RECORD_BYTES)), _KINDS, others=False)
+            if content["clip_id"] != clip_id:
+                raise ValueError(f"clip_id={short(content['clip_id'])}: the record is of another clip")
+        except (ValueError, OSError) as error:
+            detail = f"{path}: {error}; retry_quarantined=true tries the clip again"
+            return Quarantined(clip_id, "damaged_record", detail, "")
+        return Quarantined(**content)
 
     def ids(self) -> set[str]:
         """Ids of all quarantined clips."""
-        if not self.folder.is_dir():
-            return set()
-        return {path.stem for shard in self.folder.iterdir() for path in shard.glob("[!.]*.json")}
+        return {entry.clip_id for entry in self}

@@ -113,7 +113,7 @@ class EncodeActor:
             encode = self._encoder.text
             text_LC = self._captions.text(record.caption, encode) if row["shared"] else encode(record.caption)
             moments_CTHW = self._encoder.moments(_frames(row["frames"], self._settings.geometry))
-        failure = not_finite(moments_CTHW)
+        failure = not_finite(moments_CTHW, text_LC)
         if failure is None:
             entry = self._store.write_clip(
                 record.clip_id,

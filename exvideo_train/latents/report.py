@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from exvideo_train.files import atomic_write_json, atomic_write_text
+from exvideo_train.files import atomic_write_json, atomic_write_text, short
 from exvideo_train.latents.encode_worker import Totals
+from exvideo_train.latents.fields import COUNT, Kind, check_fields
 from exvideo_train.latents.plan import Plan
 from exvideo_train.latents.quarantine import Quarantine
 
 REASONS_SHOWN = 5
+_AMOUNT = Kind("a number, 0 or more", lambda value: type(value) in (int, float) and value >= 0)
+_TOTALS = {entry.name: _AMOUNT for entry in fields(Totals)} | {
+    "quarantined": Kind("an object", lambda value: isinstance(value, dict))
+}
 
 
 @dataclass
@@ -31,6 +36,7 @@ class Report:
         cut_captions: ids of the clips of this geometry in the store whose captions are longer than T5 reads.
         projected_seconds: for the remaining clips; None when nothing was encoded.
         refused_by_decord: why PyAV decoded a clip in decord's place, by clip id, of this geometry in the store.
+        unreadable: why, by clip id, of files in the store that could not be read and were left alone.
     """
 
     encoded: int
@@ -52,6 +58,7 @@ class Report:
     num_cut_captions: int = 0
     cut_captions: list[str] = field(default_factory=list)
     refused_by_decord: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:
         """The report as a few lines."""
@@ -83,6 +90,12 @@ class Report:
             lines.append(
                 f"warning: {self.num_cut_captions} captions are longer than the text encoder reads: their ends are "
                 "cut off; the clips are listed as cut_captions in the report"
+            )
+        if self.unreadable:
+            lines.append(
+                f"warning: {len(self.unreadable)} files in the store cannot be read; they are left as they are and not "
+                "encoded over, and listed as unreadable in the report: make them readable, or move them away, and run "
+                "again"
             )
         if self.missing_reports:
             lines.append(f"note: no figures from rank(s) {self.missing_reports}; their clips are counted all the same")
@@ -149,6 +162,7 @@ def make_report(
         num_cut_captions=len(cut_captions),
         cut_captions=list(cut_captions),
         refused_by_decord=dict(sorted((refused_by_decord or {}).items())),
+        unreadable=dict(sorted(plan.unreadable.items())),
     )
 
 
@@ -169,6 +183,15 @@ def totals_to_json(totals: list[Totals]) -> list[dict[str, Any]]:
     return [{**vars(one), "quarantined": dict(one.quarantined)} for one in totals]
 
 
-def totals_from_json(content: list[dict[str, Any]]) -> list[Totals]:
-    """The inverse of :func:`totals_to_json`."""
-    return [Totals(**{**one, "quarantined": Counter(one["quarantined"])}) for one in content]
+def totals_from_json(content: Any) -> list[Totals]:
+    """The inverse of :func:`totals_to_json`.
+
+    Raises:
+        ValueError: it is of another shape.
+    """
+    if not isinstance(content, list):
+        raise ValueError(f"{short(content)} is no list of totals")
+    each = [check_fields(one, _TOTALS, others=False) for one in content]
+    for one in each:
+        check_fields(one["quarantined"], dict.fromkeys(one["quarantined"], COUNT))
+    return [Totals(**{**one, "quarantined": Counter(one["quarantined"])}) for one in each]

@@ -12,35 +12,50 @@ Axis letters: C channel, T latent frames, H height, W width, L text tokens.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exvideo_train.errors import UserError
+from exvideo_train.errors import UnreadableFile, UserError
 from exvideo_train.files import (
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
+    parse_json,
+    read_regular,
+    short,
 )
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import (
     CorruptLatent,
+    LatentHeader,
+    TensorRule,
+    UnreadableLatent,
+    UnusableLatent,
+    check_finite,
     encode_latent_file,
-    is_latent_file,
-    read_content,
-    read_latent_file,
+    read_header,
+    read_tensors,
 )
+from exvideo_train.latents.fields import CLIP_ID, SCALING_FACTOR, Kind, check_fields, check_scaling_factor
 from exvideo_train.latents.fingerprint import Fingerprint, explain_differences
+from exvideo_train.latents.index import IndexEntry, entry_of, read_index_lines
+from exvideo_train.latents.inside import exists_inside, is_folder, list_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from exvideo_train.clips.record import ClipRecord
-
 FORMAT_VERSION = 1
+SUFFIX = ".safetensors"
+_MAX_DESCRIPTION_BYTES = 1 << 24
+_VERSION = Kind("a number", lambda value: type(value) is int)
+_GEOMETRIES = Kind("an object of fingerprints", lambda value: isinstance(value, dict))
+# Files that tell how many channels a store's tensors have; no few of them that are of something else can outvote them.
+_VOTERS = 15
 
 
 @dataclass(frozen=True)
@@ -58,63 +73,39 @@ class StoredClip:
     caption: str
 
 
-@dataclass(frozen=True, order=True)
-class IndexEntry:
-    """One latent file.
-
-    Attributes:
-        sha256: of its tensors.
-        caption_sha256: of its caption, short.
-        sampling_fps: the clip's own rate, None for the geometry's.
-        num_tokens_cut: tokens at the caption's end that the text encoder has not read, None for none.
-        decord_refusal: why PyAV decoded the clip although its fingerprint's decoder is decord, None if it did not.
-    """
-
-    geometry: str
-    clip_id: str
-    num_bytes: int
-    sha256: str
-    caption_sha256: str
-    sampling_fps: float | None = None
-    num_tokens_cut: int | None = None
-    decord_refusal: str | None = None
-
-    def is_of(self, record: ClipRecord) -> bool:
-        """Whether the file holds the record as it is now. Its id covers video and span; the rest may change."""
-        return self.caption_sha256 == caption_digest(record.caption) and self.sampling_fps == record.sampling_fps
-
-    def to_json(self) -> str:
-        """One line of the index without its newline."""
-        return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, sort_keys=True)
-
-
 class LatentStore:
     """A folder of latents; open one with :meth:`open` or :meth:`create`."""
 
     def __init__(self, path: Path, scaling_factor: float, fingerprints: dict[str, Fingerprint]) -> None:
         self.path = path
-        self.scaling_factor = scaling_factor
+        self.scaling_factor = check_scaling_factor(scaling_factor, f"latents={path}")
         self.fingerprints = fingerprints
+        self._channels: dict[Geometry, tuple[int, int]] = {}
 
     @classmethod
     def open(cls, path: Path | str) -> LatentStore:
         """Open an existing store.
 
         Raises:
-            UserError: the folder is not a store, or of another format version.
+            UserError: the folder is not a store, or of another format version, or store.json cannot be read or has
+                a field of another kind.
         """
         path = Path(path)
         description = path / "store.json"
-        try:
-            content = json.loads(description.read_text())
-        except FileNotFoundError:
+        if not exists_inside(path, description):
             raise UserError(
                 f"latents={path}: no latent store there (store.json is missing); "
                 "write it with data_prep/encode_latents.py"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{description} cannot be read ({error}); encode into a new latents folder") from error
-        version = content.get("format_version")
+            )
+        try:
+            content = parse_json(read_regular(description, _MAX_DESCRIPTION_BYTES))
+            version = check_fields(content, {"format_version": _VERSION})["format_version"]
+            if version == FORMAT_VERSION:
+                check_fields(content, {"geometries": _GEOMETRIES, "scaling_factor": SCALING_FACTOR})
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{description}: {error}; fetch the store again or encode into a new folder") from error
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{description}: format_version={version}, this version reads {FORMAT_VERSION}; "
@@ -123,13 +114,20 @@ class LatentStore:
         fingerprints = {
             name: Fingerprint.from_json(fields, description) for name, fields in content["geometries"].items()
         }
-        return cls(path, float(content["scaling_factor"]), fingerprints)
+        for name, fingerprint in fingerprints.items():
+            # The name becomes a folder's.
+            if name != fingerprint.geometry.name:
+                raise UserError(
+                    f"{description}: geometries has {fingerprint.geometry.name} under the name {short(name)}; "
+                    "fetch the store again or encode into a new folder"
+                )
+        return cls(path, content["scaling_factor"], fingerprints)
 
     @classmethod
     def create(cls, path: Path | str, scaling_factor: float) -> LatentStore:
         """Open the store at ``path``, or begin an empty one that :meth:`add_geometry` writes to disk."""
         path = Path(path)
-        if (path / "store.json").exists():
+        if exists_inside(path, path / "store.json"):
             return cls.open(path)
         return cls(path, scaling_factor, {})
 
@@ -191,7 +189,7 @@ class LatentStore:
 
     def clip_path(self, clip_id: str, geometry: Geometry) -> Path:
         """File of one clip; the first three hex digits spread a million clips over 4096 folders."""
-        return self.path / "clips" / geometry.name / clip_id[:3] / f"{clip_id}.safetensors"
+        return self.path / "clips" / geometry.name / clip_id[:3] / f"{clip_id}{SUFFIX}"
 
     def write_clip(
         self,
@@ -230,70 +228,125 @@ class LatentStore:
         if decord_refusal is not None:
             content["decord_refusal"] = decord_refusal
         data, sha256 = encode_latent_file(tensors, content)
-        atomic_write_bytes(self.clip_path(clip_id, geometry), data)
-        return _index_entry({**content, "sha256": sha256}, len(data))
+        path = self.clip_path(clip_id, geometry)
+        exists_inside(self.path, path.parent)
+        atomic_write_bytes(path, data)
+        return entry_of({**content, "sha256": sha256}, len(data))
 
     def write_empty_prompt(self, text_LC: Tensor) -> None:
-        """Write the embedding of the empty prompt, (L, C)."""
+        """Write the embedding of the empty prompt, (L, C).
+
+        Raises:
+            UserError: the text encoder gave infinities or NaNs, or the disk is full or not writable.
+        """
+        if not text_LC.isfinite().all():
+            raise UserError(
+                "the text encoder gives infinite or NaN values for the empty prompt: encoder_dtype=bf16 has more range "
+                "than fp16; otherwise fetch the model again"
+            )
         data, _ = encode_latent_file({"text": text_LC}, {"caption": ""})
         atomic_write_bytes(self.empty_prompt_path, data)
 
     def empty_prompt(self, verify: bool = True) -> Tensor:
-        """Embedding of the empty prompt, (L, C), memory-mapped.
+        """Embedding of the empty prompt, (L, C).
 
         Raises:
-            CorruptLatent: the file is missing or damaged, or holds something else.
+            UnusableLatent: the file is missing, unreadable or damaged, or holds something else.
         """
-        tensors, content = read_latent_file(self.empty_prompt_path, verify)
-        if content.get("caption") != "" or "clip_id" in content or set(tensors) != {"text"}:
-            raise CorruptLatent(f"{self.empty_prompt_path}: not the empty prompt; delete it and encode again")
+        path = self.empty_prompt_path
+        some = next(iter(self.fingerprints.values()), None)
+        rule = TensorRule(some.text_dtype, (some.text_length, None)) if some else TensorRule(None, (None, None))
+        header = read_header(self.path, path, {"text": rule}, is_clip=False)
+        if header.content["caption"] != "" or "clip_id" in header.content:
+            raise CorruptLatent(f"{path}: not the empty prompt; move it away and encode again")
+        widths = {channels[1] for geometry in self.geometries() if (channels := self.channels(geometry))}
+        if widths and widths != {header.shapes["text"][1]}:
+            raise CorruptLatent(f"{path}: text: shape={header.shapes['text']}, but the clips have {widths} channels")
+        tensors = read_tensors(self.path, path, header, verify)
+        if verify:
+            check_finite(path, tensors)
         return tensors["text"]
 
     def read(self, clip_id: str, geometry: Geometry, verify: bool = True) -> StoredClip:
-        """Read one clip through a memory map.
+        """Read one clip.
 
         Args:
             verify: compare the tensors with their checksum (10 ms for 129 frames of 480x720).
 
         Raises:
-            CorruptLatent: the file is missing, truncated, changed, or of another clip or fingerprint.
+            UnusableLatent: the file is missing, unreadable, truncated, changed, or of another clip or fingerprint.
         """
-        path = self.clip_path(clip_id, geometry)
-        tensors, content = read_latent_file(path, verify)
-        expected = {
-            "clip_id": clip_id,
-            "geometry": geometry.name,
-            "fingerprint": self.fingerprints[geometry.name].digest(),
-        }
-        for key, value in expected.items():
-            if content.get(key) != value:
-                raise CorruptLatent(
-                    f"{path}: {key} is {content.get(key)}, expected {value}; delete it and encode again"
-                )
-        return StoredClip(tensors["moments"], tensors["text"], content["caption"])
+        header = self._read_header(clip_id, geometry, self.channels(geometry))
+        tensors = read_tensors(self.path, self.clip_path(clip_id, geometry), header, verify)
+        return StoredClip(tensors["moments"], tensors["text"], header.content["caption"])
 
     def read_entry(self, clip_id: str, geometry: Geometry) -> IndexEntry:
         """Index entry of one clip from its file's header alone, without reading its tensors.
 
         Raises:
-            CorruptLatent: the file is missing, truncated, or of another fingerprint.
+            UnusableLatent: the file is missing, unreadable, truncated, or of another clip or fingerprint.
         """
+        header = self._read_header(clip_id, geometry, self.channels(geometry))
+        return entry_of(header.content, header.num_bytes)
+
+    def _read_header(self, clip_id: str, geometry: Geometry, channels: tuple[int, int] | None) -> LatentHeader:
+        fingerprint = self.fingerprints[geometry.name]
+        moments, text = channels or (None, None)
+        grid = (geometry.num_latent_frames, geometry.latent_height, geometry.latent_width)
+        rules = {
+            "moments": TensorRule(fingerprint.vae_dtype, (moments, *grid), num_channels_divides_by=2),
+            "text": TensorRule(fingerprint.text_dtype, (fingerprint.text_length, text)),
+        }
         path = self.clip_path(clip_id, geometry)
-        content = read_content(path)
-        if content.get("clip_id") != clip_id or content.get("geometry") != geometry.name:
-            raise CorruptLatent(f"{path}: holds another clip; delete it and encode again")
-        if content.get("fingerprint") != self.fingerprints[geometry.name].digest():
-            raise CorruptLatent(f"{path}: made with another fingerprint; delete it and encode again")
-        return _index_entry(content, path.stat().st_size)
+        header = read_header(self.path, path, rules, is_clip=True)
+        expected = {"clip_id": clip_id, "geometry": geometry.name, "fingerprint": fingerprint.digest()}
+        for key, value in expected.items():
+            if header.content[key] != value:
+                raise CorruptLatent(
+                    f"{path}: {key} is {short(header.content[key])}, expected {value}; move it away and encode again"
+                )
+        return header
+
+    def channels(self, geometry: Geometry) -> tuple[int, int] | None:
+        """Channels (of moments, of text) that most of a geometry's first files have; None while there are none.
+
+        Neither the fingerprint nor the geometry fixes them, and a batch can only be of equal ones.
+        """
+        if geometry not in self._channels:
+            votes: Counter[tuple[int, int]] = Counter()
+            for clip_id in islice(self._clip_ids(geometry, skip_unreadable=True), _VOTERS):
+                try:
+                    shapes = self._read_header(clip_id, geometry, None).shapes
+                except UnusableLatent:
+                    continue
+                votes[shapes["moments"][0], shapes["text"][1]] += 1
+            if not votes:
+                return None
+            self._channels[geometry] = votes.most_common(1)[0][0]
+        return self._channels[geometry]
 
     def clip_ids_on_disk(self, geometry: Geometry) -> Iterator[str]:
-        """Ids of all latent files of a geometry, indexed or not, sorted."""
+        """Ids of all latent files of a geometry, indexed or not, sorted.
+
+        Raises:
+            UnreadableLatent: a folder is a link or cannot be listed: what is in it must not look as if it were missing.
+        """
+        return self._clip_ids(geometry, skip_unreadable=False)
+
+    def _clip_ids(self, geometry: Geometry, skip_unreadable: bool) -> Iterator[str]:
         folder = self.path / "clips" / geometry.name
-        if not folder.is_dir():
-            return
-        for shard in sorted(folder.iterdir()):
-            if shard.is_dir():
-                yield from sorted(p.stem for p in shard.iterdir() if is_latent_file(p))
+
+        def entries(name: str) -> list[os.DirEntry[str]]:
+            try:
+                return list_folder(self.path, folder / name)
+            except UnreadableFile as error:
+                if skip_unreadable:
+                    return []
+                raise UnreadableLatent(str(error)) from error
+
+        for shard in entries("."):
+            if shard.is_symlink() or is_folder(shard):
+                yield from clip_ids_in(shard.name, entries(shard.name))
 
     # -- index ----------------------------------------------------------------------------------------------
 
@@ -301,21 +354,11 @@ class LatentStore:
         """Index entries by (geometry name, clip id); empty if there is no index yet.
 
         Raises:
-            UserError: a line is damaged.
+            UserError: it cannot be read, or a line is damaged.
         """
-        entries: dict[tuple[str, str], IndexEntry] = {}
-        if not self.index_path.exists():
-            return entries
-        with open(self.index_path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    entry = IndexEntry(**json.loads(line))
-                except (ValueError, TypeError) as error:
-                    raise UserError(
-                        f"{self.index_path} line {number} is damaged ({error}); repair it with "
-                        f"python -m exvideo_train.latents verify latents={self.path}"
-                    ) from error
-                entries[entry.geometry, entry.clip_id] = entry
+        entries, damage = read_index_lines(self.path, self.index_path)
+        if damage:
+            raise UserError(f"{damage[0]}; repair it with python -m exvideo_train.latents verify latents={self.path}")
         return entries
 
     def write_index(self, entries: Iterable[IndexEntry]) -> None:
@@ -340,19 +383,7 @@ class LatentStore:
         return ids
 
 
-def caption_digest(caption: str) -> str:
-    """Short hex digest of a caption: a changed caption needs its clip encoded again."""
-    return hashlib.sha256(caption.encode()).hexdigest()[:16]
-
-
-def _index_entry(content: dict[str, Any], num_bytes: int) -> IndexEntry:
-    return IndexEntry(
-        geometry=content["geometry"],
-        clip_id=content["clip_id"],
-        num_bytes=num_bytes,
-        sha256=content["sha256"],
-        caption_sha256=caption_digest(content["caption"]),
-        sampling_fps=content.get("sampling_fps"),
-        num_tokens_cut=content.get("num_tokens_cut"),
-        decord_refusal=content.get("decord_refusal"),
-    )
+def clip_ids_in(shard: str, entries: Iterable[os.DirEntry[str]]) -> list[str]:
+    """Ids of what has a latent file's name in its own shard's folder, whatever it is."""
+    ids = [entry.name.removesuffix(SUFFIX) for entry in entries if entry.name.endswith(SUFFIX)]
+    return [clip_id for clip_id in ids if clip_id[:3] == shard and CLIP_ID.accepts(clip_id)]

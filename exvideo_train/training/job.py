@@ -23,7 +23,7 @@ from exvideo_train.config.experiment import Dtype, Experiment
 from exvideo_train.diffusion.schedule import NoiseSchedule
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.clip_file import CorruptLatent
+from exvideo_train.latents.clip_file import UnusableLatent
 from exvideo_train.latents.dataset import LatentDataset, MicroBatchPositions, TrainingBatch, collate
 from exvideo_train.latents.fingerprint import model_fingerprint
 from exvideo_train.latents.order import SampleOrder, samples_within_budget, split_held_out
@@ -162,6 +162,7 @@ def open_data(config: Train, mesh: Mesh, model_path: Path, log: Log) -> Data:
         # Hashing the model's files takes a while: once, on rank 0.
         if mesh.is_main:
             store.require(model_fingerprint(model_path, geometry))
+            _check_channels(store, geometry, model_path)
     ids = {geometry: store.clip_ids(geometry) for geometry in geometries}
     everything = sorted({clip_id for clip_ids in ids.values() for clip_id in clip_ids})
     num_held_out = min(config.data.held_out_clips, len(everything) // LEAST_CLIPS_PER_HELD_OUT)
@@ -286,13 +287,24 @@ def _validator(
     )
 
 
+def _check_channels(store: LatentStore, geometry: Geometry, model_path: Path) -> None:
+    """A fingerprint only says what a store claims: its tensors must fit the network too."""
+    latent, text = backbone_family(model_path).sample_channels(backbone_config(model_path))
+    held = store.channels(geometry)
+    if held is not None and held != (2 * latent, text):
+        raise UserError(
+            f"latents={store.path}: {geometry.name} has moments of {held[0]} channels and text of {held[1]}, this "
+            f"model needs {2 * latent} and {text}: the store is not what its fingerprint says; encode it again"
+        )
+
+
 def _damaged(store: LatentStore, clip_ids: list[str], geometry: Geometry) -> dict[str, str]:
     """The clips that cannot be read, and why."""
     damaged = {}
     for clip_id in clip_ids:
         try:
             store.read(clip_id, geometry)
-        except CorruptLatent as error:
+        except UnusableLatent as error:
             damaged[clip_id] = str(error)
     return damaged
 

@@ -22,7 +22,7 @@ from exvideo_train.diffusion.objective import add_noise, draw, v_prediction_loss
 from exvideo_train.diffusion.schedule import NoiseSchedule
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.clip_file import CorruptLatent
+from exvideo_train.latents.clip_file import UnusableLatent
 from exvideo_train.latents.dataset import posterior_sample
 from exvideo_train.latents.store import LatentStore, StoredClip
 from exvideo_train.parallel.mesh import Mesh
@@ -133,7 +133,7 @@ class Validator:
         """A clip, or None when it has become unreadable since the start: a disk error must not end the run."""
         try:
             return self.store.read(self.clip_ids[index], self.geometry)
-        except CorruptLatent as error:
+        except UnusableLatent as error:
             self.log(f"validation goes on without {self.clip_ids[index]}: {error}")
             return None
 
@@ -146,7 +146,7 @@ class Validator:
         for clip_id in self.clip_ids:
             try:
                 return self.store.read(clip_id, self.geometry)
-            except CorruptLatent:
+            except UnusableLatent:
                 continue
         raise UserError(
             f"all {len(self.clip_ids)} held-out clips have become unreadable; repair the store with "

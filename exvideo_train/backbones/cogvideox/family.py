@@ -12,6 +12,10 @@ def _text_length(config: CogVideoXConfig) -> int:
     return config.max_text_seq_length
 
 
+def _sample_channels(config: CogVideoXConfig) -> tuple[int, int]:
+    return config.out_channels, config.text_embed_dim
+
+
 def _num_base_frames(config: CogVideoXConfig) -> int:
     return config.sample_frames
 
@@ -33,6 +37,7 @@ COGVIDEOX: BackboneFamily[CogVideoXConfig] = BackboneFamily(
     published_config=_published_config,
     default_lora_targets=tuple(LORA_TARGETS),
     text_length=_text_length,
+    sample_channels=_sample_channels,
     num_base_frames=_num_base_frames,
     num_tokens=costs.num_tokens,
     num_parameters=costs.num_parameters,

@@ -9,7 +9,7 @@ import torch
 from exvideo_train.clips.record import ClipRecord, make_clip_id
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.encode_worker import ClipEncoder, EncodeLoop
+from exvideo_train.latents.encode_worker import ClipEncoder, EncodeLoop, not_finite
 from exvideo_train.latents.fingerprint import model_fingerprint, read_scaling_factor
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore
@@ -89,3 +89,14 @@ def clip_encoder_that_raises(error):
     encoder = ClipEncoder.__new__(ClipEncoder)
     encoder._video = SimpleNamespace(encode=encode)
     return encoder
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_are_a_failure_of_their_encoder(value):
+    whole, broken = torch.zeros(2, 3), torch.tensor([0.0, value])
+    assert not_finite(whole, whole) is None
+    for moments, text, encoder in ((broken, whole, "the VAE"), (whole, broken, "the text encoder")):
+        failure = not_finite(moments, text)
+        assert failure is not None
+        assert failure.reason == "not_finite"
+        assert failure.detail.startswith(encoder)

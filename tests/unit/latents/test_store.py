@@ -9,7 +9,7 @@ import torch
 
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.clip_file import CorruptLatent
+from exvideo_train.latents.clip_file import CorruptLatent, MissingLatent
 from exvideo_train.latents.fingerprint import Fingerprint, component_digest, model_fingerprint, read_scaling_factor
 from exvideo_train.latents.store import LatentStore
 from tests.unit.latents.conftest import GEOMETRY, fill, fingerprint_of
@@ -56,14 +56,6 @@ fill(store, GEOMETRY, 3)
     assert len(digests[0]) == 6
 
 
-def test_reading_is_memory_mapped(store):
-    clip_id = store.clip_ids(GEOMETRY)[0]
-    clip = store.read(clip_id, GEOMETRY)
-    with open("/proc/self/maps") as maps:
-        assert clip_id in maps.read()
-    assert clip.moments_CTHW.sum().isfinite()
-
-
 @pytest.mark.parametrize("damage", ["truncate", "flip", "zero", "delete", "swap", "text"])
 def test_damaged_file_is_refused(store, damage):
     first, second = store.clip_ids(GEOMETRY)[:2]
@@ -82,7 +74,7 @@ def test_damaged_file_is_refused(store, damage):
         path.write_bytes(store.clip_path(second, GEOMETRY).read_bytes())
     else:
         path.write_text("not a latent file, but long enough to look like one")
-    with pytest.raises(CorruptLatent, match=first):
+    with pytest.raises(MissingLatent if damage == "delete" else CorruptLatent, match=first):
         store.read(first, GEOMETRY)
 
 
