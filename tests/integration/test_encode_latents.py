@@ -437,6 +437,9 @@ def test_store_commands(data, tiny_model_5b, run_command, tmp_path, whole):
     assert (store / "empty_prompt.safetensors").exists()
     assert "repaired" in run_command([*tool, "verify", f"latents={store}"]).stdout
     assert not (store / "empty_prompt.safetensors").exists()
+    kept = {path.name: path.read_bytes() for path in (store / "damaged").rglob("*") if path.is_file()}
+    assert kept == {files[0].name: bytes(damaged), "empty_prompt.safetensors": b"not the embedding of anything"}
+    shutil.rmtree(store / "damaged")
     stats = run_command([*tool, "stats", f"latents={store}"]).stdout
     assert "4 clips" in stats
     assert "posterior std" in stats
