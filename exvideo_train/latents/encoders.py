@@ -115,14 +115,14 @@ class VideoEncoder:
         return moments_CTHW
 
     @torch.inference_mode()
-    def decode(self, latents_TCHW: Tensor) -> Tensor:
-        """Frames of a scaled latent, as the DiT gives it.
+    def decode(self, latents_TCHW: Tensor) -> tuple[Tensor, float]:
+        """Frames of a scaled latent, as the DiT gives it, and the share of their numbers that were finite.
 
         Args:
             latents_TCHW: (T, C, H, W), times the VAE's scaling factor.
 
         Returns:
-            uint8 RGB (F, H, W, C) on the CPU, with F = 4 (T - 1) + 1.
+            uint8 RGB (F, H, W, C) on the CPU, with F = 4 (T - 1) + 1; black where they were not finite.
         """
         latents_CTHW = latents_TCHW.to(self.device, self.dtype).transpose(0, 1) / self.scaling_factor
         video_CFHW = self._decode_whole(latents_CTHW)
@@ -133,7 +133,9 @@ class VideoEncoder:
             self._vae.enable_tiling()
             video_CFHW = self._vae.decode(latents_CTHW[None]).sample[0]
         unit_FHWC = (video_CFHW.float().permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1)
-        return (unit_FHWC * 255).round().to(torch.uint8).cpu()
+        # Infinity is clamped, NaN stays: what it becomes as an integer depends on the machine.
+        share_finite = float(torch.isfinite(video_CFHW).float().mean())
+        return (unit_FHWC.nan_to_num(0.0) * 255).round().to(torch.uint8).cpu(), share_finite
 
     def _decode_whole(self, latents_CTHW: Tensor) -> Tensor | None:
         """Pixels (C, F, H, W), or None when memory does not suffice; a caught error would keep its tensors alive."""

@@ -89,7 +89,7 @@ def _preview_rows(store: LatentStore, geometry: Geometry, vae: Any, num_clips: i
     for clip_id in _spread(store.clip_ids(geometry), num_clips):
         clip = store.read(clip_id, geometry)
         mean_CTHW = clip.moments_CTHW.float().chunk(2, dim=0)[0]
-        frames_FHWC = vae.decode((mean_CTHW * store.scaling_factor).transpose(0, 1))
+        frames_FHWC, _ = vae.decode((mean_CTHW * store.scaling_factor).transpose(0, 1))
         last = frames_FHWC.shape[0] - 1
         shown = [round(index * last / (FRAMES_SHOWN - 1)) for index in range(FRAMES_SHOWN)]
         yield f"{clip_id}  {clip.caption[:CAPTION_LENGTH]}", frames_FHWC[shown]

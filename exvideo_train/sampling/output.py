@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from exvideo_train.sampling.pipeline import SampledVideo, Sampling
 from exvideo_train.sampling.video import side_by_side, write_contact_sheet, write_mp4
 
 INDEX = "samples.json"
+REMEDY = "try model.dtype=bf16 or fp32, adapter_scale=0.5 or an adapter of an earlier step"
 
 
 def prepare_folder(folder: Path) -> None:
@@ -54,12 +56,14 @@ class SampleWriter:
         self.samples: list[dict[str, Any]] = []
 
     def write(self, video: SampledVideo) -> list[Path]:
-        """Write one prompt's files; returns them, videos first."""
+        """Write one prompt's files; returns them, videos first. What is wrong with a video is said and noted."""
         stem = f"{len(self.samples):03d}"
         files = {variant: f"{stem}_{variant}.mp4" for variant in video.frames}
         comment = json.dumps({"prompt": video.prompt, **self.settings}, ensure_ascii=False)
         for variant, name in files.items():
             write_mp4(self.folder / name, video.frames[variant], self.fps, f"{variant}: {comment}")
+            if variant in video.faults:
+                print(f"warning: {self.folder / name}: {video.faults[variant]}; {REMEDY}", file=sys.stderr, flush=True)
         if len(video.frames) > 1:
             files["side_by_side"] = f"{stem}_side_by_side.mp4"
             frames_FHWC = side_by_side(list(video.frames.values()))
@@ -69,7 +73,7 @@ class SampleWriter:
         files["contact_sheet"] = f"{stem}_frames.png"
         rows = {variant.replace("_", " "): frames for variant, frames in video.frames.items()}
         write_contact_sheet(self.folder / files["contact_sheet"], rows, self.fps)
-        self.samples.append({"prompt": video.prompt, "files": files})
+        self.samples.append({"prompt": video.prompt, "files": files, "faults": video.faults})
         atomic_write_json(
             self.folder / INDEX,
             {"settings": self.settings, "adapter_provenance": self.provenance, "samples": self.samples},

@@ -27,9 +27,12 @@ from exvideo_train.geometry import Geometry
 from exvideo_train.latents.encoders import TextEncoder, VideoEncoder
 from exvideo_train.parallel.attention import choose_attention
 from exvideo_train.sampling.denoise import SamplerSettings, denoise
+from exvideo_train.terminal import escaped
 
 WITH_ADAPTER = "with_adapter"
 WITHOUT_ADAPTER = "without_adapter"
+# Of 255: no darker than the eye tells from black.
+BLACKEST = 4
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SampledVideo:
-    """One prompt's frames_FHWC (uint8 RGB) by variant: ``with_adapter``, ``without_adapter``."""
+    """One prompt's frames_FHWC (uint8 RGB) by variant: ``with_adapter``, ``without_adapter``.
+
+    Attributes:
+        faults: by variant, what shows that the numbers went wrong on the way: frames alone do not tell NaN from night.
+    """
 
     prompt: str
     frames: dict[str, NDArray[np.uint8]]
+    faults: dict[str, str]
 
 
 def sample_videos(sampling: Sampling, prompts: Sequence[str]) -> Iterator[SampledVideo]:
@@ -92,7 +100,20 @@ def sample_videos(sampling: Sampling, prompts: Sequence[str]) -> Iterator[Sample
         torch.cuda.empty_cache()
     with closing(VideoEncoder(sampling.model_path, sampling.device, sampling.dtype, sampling.vae_tiling)) as vae:
         for prompt, of_prompt in zip(prompts, latents, strict=True):
-            yield SampledVideo(prompt, {name: vae.decode(latent[0]).numpy() for name, latent in of_prompt.items()})
+            frames, faults = {}, {}
+            for name, latent_1TCHW in of_prompt.items():
+                decoded_FHWC, share_finite = vae.decode(latent_1TCHW[0])
+                frames[name] = decoded_FHWC.numpy()
+                if fault := find_fault(frames[name], share_finite):
+                    faults[name] = fault
+            yield SampledVideo(prompt, frames, faults)
+
+
+def find_fault(frames_FHWC: NDArray[np.uint8], share_finite: float) -> str:
+    """What is wrong with a video as a whole; empty when nothing is."""
+    if share_finite < 1:
+        return f"{100 * (1 - share_finite):.3g} % of its numbers were not finite (NaN or infinity)"
+    return "all black" if frames_FHWC.max() <= BLACKEST else ""
 
 
 def _encode_prompts(sampling: Sampling, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -104,7 +125,7 @@ def _encode_prompts(sampling: Sampling, prompts: Sequence[str]) -> dict[str, Ten
             if num_cut := encoder.num_tokens_cut(prompt):
                 print(
                     f"warning: the prompt has {length + num_cut} tokens and the model reads {length}: its end is left "
-                    f"out, shorten it: {prompt}",
+                    f"out, shorten it: {escaped(prompt)}",
                     file=sys.stderr,
                     flush=True,
                 )

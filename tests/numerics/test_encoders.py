@@ -118,7 +118,8 @@ def test_decoding_equals_diffusers_pipeline(model_path, pipeline):
         expected = pipeline.video_processor.postprocess_video(
             pipeline.decode_latents(latents_TCHW[None]), output_type="np"
         )[0]
-    frames_FHWC = VideoEncoder(model_path, "cpu", torch.float32, False).decode(latents_TCHW)
+    frames_FHWC, share_finite = VideoEncoder(model_path, "cpu", torch.float32, False).decode(latents_TCHW)
+    assert share_finite == 1.0
     assert frames_FHWC.shape == (17, 64, 96, 3)
     assert frames_FHWC.dtype == torch.uint8
     assert np.abs(frames_FHWC.numpy().astype(float) - expected * 255).max() <= 0.501
@@ -126,7 +127,7 @@ def test_decoding_equals_diffusers_pipeline(model_path, pipeline):
 
 def test_decoding_that_runs_out_of_memory_goes_on_in_tiles(tiled_model_path, monkeypatch, capsys):
     latents_TCHW = torch.randn(5, 16, 8, 12, generator=torch.Generator().manual_seed(1)) * 0.7
-    tiled = VideoEncoder(tiled_model_path, "cpu", torch.float32, True).decode(latents_TCHW)
+    tiled, _ = VideoEncoder(tiled_model_path, "cpu", torch.float32, True).decode(latents_TCHW)
     encoder = VideoEncoder(tiled_model_path, "cpu", torch.float32, False)
     decode = encoder._vae.decode
 
@@ -136,7 +137,7 @@ def test_decoding_that_runs_out_of_memory_goes_on_in_tiles(tiled_model_path, mon
         return decode(latents)
 
     monkeypatch.setattr(encoder._vae, "decode", decode_tiles_only)
-    assert torch.equal(encoder.decode(latents_TCHW), tiled)
+    assert torch.equal(encoder.decode(latents_TCHW)[0], tiled)
     assert "decoding in tiles" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 import json
 
 import av
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from exvideo_train.entry import compose_config, quote_overrides, to_dataclass
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.sample import choose_device, read_prompts, sample
+from exvideo_train.sampling.pipeline import find_fault
 
 NASTY = [
     "a rabbit, wakes",
@@ -127,6 +129,30 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path, tiny_model_5b, 
         sample(compose(f"model.path={tiny_model_5b}", "num_frames=9", "prompt=x", f"output={output}", *arguments))
     assert message in str(error.value)
     assert not output.exists() or not list(output.iterdir())
+
+
+def test_a_video_that_is_no_picture_is_said_to_be_none(tmp_path, tiny_model_5b, capsys):
+    adapter, output = tmp_path / "adapter.safetensors", tmp_path / "videos"
+    write_tiny_adapter(adapter, tiny_model_5b)
+    options = ["num_frames=9", "num_inference_steps=1", "compare=true", "prompt=x", "adapter_scale=1e36"]
+    sample(
+        compose(f"model.path={tiny_model_5b}", "model.dtype=fp32", f"adapter={adapter}", f"output={output}", *options)
+    )
+    (made,) = json.loads((output / "samples.json").read_text())["samples"]
+    assert made["faults"] == {"with_adapter": "100 % of its numbers were not finite (NaN or infinity)"}
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert [line.split(": ")[1] for line in warnings] == [str(output / "000_with_adapter.mp4")]
+
+
+@pytest.mark.parametrize(
+    ("brightest", "share_finite", "fault"),
+    [(0, 1.0, "all black"), (4, 1.0, "all black"), (5, 1.0, ""), (255, 0.99, "1 % of its numbers were not finite")],
+)
+def test_faults_of_a_video(brightest, share_finite, fault):
+    frames_FHWC = np.zeros((2, 16, 16, 3), np.uint8)
+    frames_FHWC[1, 3, 5, 2] = brightest
+    assert find_fault(frames_FHWC, share_finite).startswith(fault)
+    assert bool(find_fault(frames_FHWC, share_finite)) == bool(fault)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path, tiny_model_5b, tiny_model_2b, run_command):
