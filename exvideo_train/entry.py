@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import re
 import sys
@@ -224,11 +225,25 @@ def to_dataclass(config: DictConfig, config_class: type[ConfigT]) -> ConfigT:
         lines = [f"  {path}=...  {docs.get(path, '')}" for path in missing]
         raise UserError("these options are required:\n" + "\n".join(lines))
     try:
+        if endless := list(_not_finite(OmegaConf.to_container(config, resolve=True))):
+            raise UserError(f"{', '.join(endless)}: must be a finite number; --help says which")
         value = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(str(error)) from error
     assert isinstance(value, config_class)
     return value
+
+
+def _not_finite(value: Any, name: str = "") -> Iterator[str]:
+    """Options that are NaN or infinity, which OmegaConf takes for numbers and no option means."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _not_finite(item, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{name}={value}"
 
 
 def field_docs(config_class: type) -> dict[str, str]:

@@ -5,7 +5,6 @@ Axis letters: F video frames, T latent frames, H height, W width.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -18,6 +17,8 @@ SPATIAL_COMPRESSION = 8
 FRAME_CHUNK = 8
 # 8 pixels a latent times the DiT's 2x2 patches.
 PIXELS_PER_PATCH = 16
+# Beyond what any model makes, and small enough that nothing computed of them overflows.
+MOST_FRAMES, MOST_PIXELS, MOST_FPS = 99_993, 16_384, 1000.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Geometry:
     fps: float
 
     def __post_init__(self) -> None:
+        if self.num_frames > MOST_FRAMES:
+            raise UserError(f"num_frames={self.num_frames}: at most {MOST_FRAMES}; exp=129f has 129")
         if self.num_frames < 1 or self.num_frames % FRAME_CHUNK != 1:
             lower = max(1, (self.num_frames - 1) // FRAME_CHUNK * FRAME_CHUNK + 1)
             raise UserError(
@@ -47,14 +50,16 @@ class Geometry:
             )
         for field in ("height", "width"):
             pixels = getattr(self, field)
+            if pixels > MOST_PIXELS:
+                raise UserError(f"{field}={pixels}: at most {MOST_PIXELS}; exp=129f has 480x720")
             if pixels < PIXELS_PER_PATCH or pixels % PIXELS_PER_PATCH:
                 lower = max(PIXELS_PER_PATCH, pixels // PIXELS_PER_PATCH * PIXELS_PER_PATCH)
                 raise UserError(
                     f"{field}={pixels}: must be a positive multiple of 16 (8 pixels a latent, 2 latents a patch); "
                     f"use {field}={lower} or {field}={lower + PIXELS_PER_PATCH}"
                 )
-        if not 0 < self.fps < math.inf:
-            raise UserError(f"fps={self.fps}: must be positive and finite; CogVideoX is trained at fps=8")
+        if not 0 < self.fps <= MOST_FPS:
+            raise UserError(f"fps={self.fps}: must be positive, at most {MOST_FPS:g}; CogVideoX is trained at fps=8")
 
     @property
     def num_latent_frames(self) -> int:
@@ -85,7 +90,7 @@ class Geometry:
         Raises:
             UserError: the name has another form, or names a geometry that the model cannot take.
         """
-        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)_(\d+(?:\.\d+)?)fps", name)
+        match = re.fullmatch(r"(\d{1,6})x(\d{1,6})x(\d{1,6})_(\d{1,6}(?:\.\d{1,6})?)fps", name)
         if match is None:
             raise UserError(f"geometry {name!r}: write frames x height x width and rate, like 49x480x720_8fps")
         frames, height, width = (int(number) for number in match.groups()[:3])
