@@ -140,6 +140,23 @@ def _digest(parameter: Tensor) -> int:
     return int((bits.to(torch.int64) * places).sum())
 
 
+def _join(backend: str, patience: timedelta) -> None:
+    port = os.environ["MASTER_PORT"]
+    try:
+        dist.init_process_group(backend, timeout=patience)
+    except (dist.DistError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"MASTER_PORT={port}: another process of this machine uses the port, another job perhaps; choose "
+                "another: deepspeed --master_port 29501 ..., torchrun --master_port 29501 ..., or MASTER_PORT=29501"
+            ) from error
+        raise UserError(
+            f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={port}: rank {os.environ['RANK']} of "
+            f"{os.environ['WORLD_SIZE']} does not reach the others ({reason}); the launcher sets them (docs/launch.md)"
+        ) from error
+
+
 def init_mesh(sequence_size: int, rank_timeout_seconds: float) -> Mesh:
     """Join the process group that the launcher (deepspeed, torchrun, srun) described in the environment.
 
@@ -148,6 +165,9 @@ def init_mesh(sequence_size: int, rank_timeout_seconds: float) -> Mesh:
     Args:
         sequence_size: ranks that share a sample.
         rank_timeout_seconds: the watchdog's; collectives wait twice as long, so that it speaks first. 0: no watchdog.
+
+    Raises:
+        UserError: the port is taken, or the ranks do not find one another.
     """
     patience = timedelta(seconds=max(60.0, 2 * rank_timeout_seconds)) if rank_timeout_seconds else _LONG
     if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and "SLURM_NTASKS" in os.environ:
@@ -167,7 +187,7 @@ def init_mesh(sequence_size: int, rank_timeout_seconds: float) -> Mesh:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience)
+        _join("nccl" if on_gpu else "gloo", patience)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if sequence_size < 1 or world_size % sequence_size:
         check_mesh(world_size, sequence_size, num_heads=sequence_size)
