@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from exvideo_train.adapters.formats import Adapter, read_adapter, read_provenance, write_adapter
+from exvideo_train.adapters.lora import LoraSettings
 from exvideo_train.adapters.provenance import make_provenance
 from exvideo_train.config.commands import Export, Weights
 from exvideo_train.entry import run_command
 from exvideo_train.errors import UserError
 from exvideo_train.files import read_safetensors_header, refuse_inputs
 from exvideo_train.geometry import Geometry
-from exvideo_train.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_valid_checkpoint
+from exvideo_train.training.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    newest_valid_checkpoint,
+    step_of,
+)
 
 USAGE = """\
 Write a run's adapter for diffusers (and PEFT), DiffSynth-Studio or ComfyUI.
@@ -49,9 +57,10 @@ def find_adapter(run_dir: Path, weights: Weights, step: int | None) -> tuple[Ada
     Raises:
         UserError: no such run folder or step, nothing saved yet, or no moving average kept.
     """
-    if not run_dir.is_dir():
+    # os.path: a name that is too long is no folder either.
+    if not os.path.isdir(run_dir):
         raise UserError(f"run_dir={run_dir}: no such folder; name the run_dir of launch/train.py")
-    checkpoints = {_step_of(path): path for path in list_checkpoints(run_dir)}
+    checkpoints = {step_of(path): path for path in list_checkpoints(run_dir)}
     final = run_dir / FINAL_ADAPTERS[weights]
     final_step = _final_step(final) if final.exists() else None
     if step is not None and step != final_step:
@@ -69,10 +78,6 @@ def find_adapter(run_dir: Path, weights: Weights, step: int | None) -> tuple[Ada
     return read_adapter(final), final
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
-
-
 def _final_step(path: Path) -> int:
     metadata: Mapping[str, str] = read_safetensors_header(path).get("__metadata__", {})
     return int(read_provenance(metadata, str(path)).get("steps", 0))
@@ -80,11 +85,15 @@ def _final_step(path: Path) -> int:
 
 def _from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> tuple[Adapter, Path]:
     config: dict[str, Any] = checkpoint.state.config
-    lora = config["lora"]
-    geometry = Geometry(config["num_frames"], config["height"], config["width"], config["fps"])
-    provenance = make_provenance(config["model"]["path"], geometry, checkpoint.state.step, weights=weights.value)
+    try:
+        lora = LoraSettings(config["lora"]["rank"], config["lora"]["alpha"], tuple(config["lora"]["targets"]))
+        geometry = Geometry(config["num_frames"], config["height"], config["width"], config["fps"])
+        base_model = str(config["model"]["path"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint.path}: its state.json has no config of a run ({error}); take another") from error
+    provenance = make_provenance(base_model, geometry, checkpoint.state.step, weights=weights.value)
     tensors = checkpoint.tensors("lora" if weights is Weights.raw else "ema")
-    return Adapter(tensors, lora["rank"], lora["alpha"], tuple(lora["targets"]), provenance), checkpoint.path
+    return Adapter(tensors, lora.rank, lora.alpha, lora.target_modules, provenance), checkpoint.path
 
 
 def main() -> None:

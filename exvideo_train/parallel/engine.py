@@ -165,6 +165,10 @@ class TrainingEngine:
         for shard in self._partitions():
             states[shard][EMA].lerp_(shard.detach(), 1.0 - self._ema_decay)
 
+    def holds_finite_weights(self) -> bool:
+        """Whether this rank's shards of the weights have neither NaN nor infinity in them; waits for the device."""
+        return all(bool(torch.isfinite(shard).all()) for shard in self._partitions())
+
     def state_keys(self) -> list[str]:
         """Names of the full tensors kept for each parameter: "lora", the moments and, if kept, "ema"."""
         return ["lora", *MOMENTS, *([EMA] if self._ema_decay else [])]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -25,14 +26,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from exvideo_train.errors import UserError
-from exvideo_train.files import sha256_file
+from exvideo_train.errors import UnreadableFile, UserError
+from exvideo_train.files import open_regular, parse_json, read_regular, read_safetensors_header, sha256_file, short
 
 FORMAT_VERSION = 1
+STEP_NAME = re.compile(r"step_(\d{8,12})")
+TENSOR_FILES = ("lora.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "ema.safetensors")
+_MAX_STATE_BYTES = 1 << 20
 STATE_FILE = "state.json"
 METRICS_FILE = "metrics.jsonl"
 Log = Callable[[str], None]
@@ -62,7 +67,7 @@ class TrainingState:
 
 
 class CorruptCheckpoint(UserError):
-    """A checkpoint that is incomplete or whose content differs from its checksums."""
+    """A checkpoint that is incomplete, of another shape, not finite, or whose content differs from its checksums."""
 
 
 @dataclass(frozen=True)
@@ -91,35 +96,111 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder, by its name."""
+    return int(path.name.removeprefix("step_"))
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Finished checkpoint folders, oldest first; unverified."""
-    return sorted((run_dir / "checkpoints").glob("step_[0-9]*"))
+    """Finished checkpoint folders, oldest first; unverified. Other files and folders beside them are left alone.
+
+    Raises:
+        UnreadableFile: the folder cannot be listed now: taken for empty, the run would begin anew over its results.
+    """
+    folder = run_dir / "checkpoints"
+    try:
+        with os.scandir(folder) as entries:
+            found = [folder / entry.name for entry in entries if STEP_NAME.fullmatch(entry.name) and entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UnreadableFile(f"run_dir={run_dir}: {folder} cannot be listed ({error.strerror}); repair it") from error
+    return sorted(found, key=step_of)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify a checkpoint.
+    """Read and verify a checkpoint, which may come from strangers: nothing in it is believed or opened unchecked.
 
     Raises:
-        CorruptCheckpoint: a file is missing, truncated or changed.
+        CorruptCheckpoint: a file is missing, truncated, changed, of another shape or not finite.
+        UnreadableFile: a file cannot be read now; it may be whole.
     """
     try:
-        content = json.loads((path / STATE_FILE).read_text())
-        if content["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: format_version={content['format_version']}, this version reads {FORMAT_VERSION}; "
-                "resume with the version that wrote it"
-            )
-        state = TrainingState(**content["state"])
-        if content["state_sha256"] != _state_digest(state):
-            raise CorruptCheckpoint(f"{path / STATE_FILE} differs from its checksum")
-        for name, digest in content["sha256"].items():
-            if sha256_file(path / name) != digest:
-                raise CorruptCheckpoint(f"{path / name} differs from its checksum")
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+        content = _read_state(path / STATE_FILE)
+        version = content["format_version"]
+        if version == FORMAT_VERSION:
+            state, digests = _check_state(content)
+            for name, digest in digests.items():
+                open_regular(path / name).close()
+                if sha256_file(path / name) != digest:
+                    raise CorruptCheckpoint(f"{path / name} differs from its checksum")
+            _check_tensors(path, [name for name in TENSOR_FILES if name in digests])
+    except (CorruptCheckpoint, UnreadableFile):
+        raise
+    except OSError as error:
+        raise UnreadableFile(f"{path} cannot be read ({error.strerror or error}); try again") from error
+    except (LookupError, TypeError, ValueError, SafetensorError) as error:
         raise CorruptCheckpoint(f"{path} is not a whole checkpoint ({error})") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version={short(version)}, this version reads {FORMAT_VERSION}; "
+            "resume with the version that wrote it"
+        )
     return Checkpoint(path, state)
+
+
+def _read_state(path: Path) -> Any:
+    content = read_regular(path, _MAX_STATE_BYTES)
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _check_state(content: Mapping[str, Any]) -> tuple[TrainingState, dict[str, str]]:
+    """The state and the files' checksums.
+
+    Raises:
+        LookupError, TypeError, ValueError: they have another shape, or the state differs from its checksum.
+    """
+    state = TrainingState(**content["state"])
+    kinds = {"config": dict, "clips_sha256": str, "resumed_from": str}
+    values: dict[str, Any] = vars(state)
+    for name, value in values.items():
+        # type(), as True is an int too
+        if type(value) is not kinds.get(name, int) or (type(value) is int and value < 0):
+            raise ValueError(f"{STATE_FILE}: state.{name}={short(value)}")
+    if content["state_sha256"] != _state_digest(state):
+        raise ValueError(f"{STATE_FILE} differs from its checksum")
+    digests = content["sha256"]
+    if not isinstance(digests, dict) or not {TENSOR_FILES[0]} <= digests.keys() <= {*TENSOR_FILES, METRICS_FILE}:
+        raise ValueError(f"{STATE_FILE}: sha256={short(digests)} is not of a checkpoint's files")
+    return state, digests
+
+
+def _check_tensors(path: Path, names: list[str]) -> None:
+    """All files hold finite fp32 tensors of the adapter's names and shapes, and no other file is there to be opened."""
+    if stray := [name for name in TENSOR_FILES if name not in names and os.path.lexists(path / name)]:
+        raise ValueError(f"{stray[0]} has no checksum")
+    shapes = None
+    for name in names:
+        header = read_safetensors_header(path / name)
+        header.pop("__metadata__", None)
+        found = {tensor: (entry["dtype"], entry["shape"]) for tensor, entry in header.items()}
+        if not found or any(dtype != "F32" for dtype, _ in found.values()):
+            raise ValueError(f"{name} holds no tensors, or others than F32")
+        shapes = shapes or found
+        if found != shapes:
+            raise ValueError(f"{name} holds other tensors than {names[0]}")
+        with safe_open(path / name, framework="pt") as file:
+            wrong = first_nonfinite({tensor: file.get_tensor(tensor) for tensor in found})
+        if wrong is not None:
+            raise CorruptCheckpoint(f"{path / name}: {short(wrong)} holds values that are not finite")
+
+
+def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first name whose tensor holds NaN or infinity."""
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 
 def _state_digest(state: TrainingState) -> str:
@@ -160,17 +241,18 @@ def find_checkpoint(run_dir: Path, resume: str, log: Log) -> Checkpoint | None:
             )
         return found
     path = Path(resume)
+    # os.path: a name that is too long is no checkpoint either.
     if existing:
         # The command repeated, by a person or by Slurm: the run began from that path and has come further since.
         own = newest_valid_checkpoint(run_dir, log)
         if own is not None and own.state.resumed_from == str(path.resolve()):
             log(f"resume={resume}: this run began there and goes on from {own.path.name}")
             return own
-    if (path / "checkpoints").is_dir():
+    if os.path.isdir(path / "checkpoints"):
         found = newest_valid_checkpoint(path, log)
         if found is not None:
             return found
-    if not (path / STATE_FILE).exists():
+    if not os.path.lexists(path / STATE_FILE):
         raise UserError(f"resume={resume}: not auto, not never, and no checkpoint or run folder is there")
     return load_checkpoint(path)
 
@@ -216,13 +298,25 @@ class CheckpointWriter:
             wait: return only when it is on disk.
 
         Raises:
-            UserError: with ``wait``, it could not be written.
+            UserError: values that are not finite; or with ``wait``, it could not be written.
         """
         self.finish()
+        for key, named in tensors.items():
+            if (name := first_nonfinite(named)) is not None:
+                raise UserError(self.not_finite(state.step, f"{key} of {name}"))
         self._thread = threading.Thread(target=self._run, args=(state, tensors), name="checkpoint")
         self._thread.start()
         if wait:
             self.finish(raise_error=True)
+
+    def not_finite(self, step: int, what: str) -> str:
+        """The message of a run that cannot go on: what is wrong, and where it was right last."""
+        kept = list_checkpoints(self.run_dir)
+        good = f"the last good checkpoint is {kept[-1]}, from which it resumes" if kept else "no checkpoint was made"
+        return (
+            f"step {step}: {what} is not finite (NaN or infinity) and is not saved; {good}. Lower optim.lr or "
+            "optim.gradient_clip, or remove clips with losses out of range from the store, then run again"
+        )
 
     def finish(self, *, raise_error: bool = False) -> None:
         """Wait for the write under way."""
@@ -248,8 +342,7 @@ class CheckpointWriter:
     def _prune(self) -> None:
         paths = list_checkpoints(self.run_dir)
         for path in paths[: -self.keep_last]:
-            step = int(path.name.removeprefix("step_"))
-            if not (self.keep_every and step % self.keep_every == 0):
+            if not (self.keep_every and step_of(path) % self.keep_every == 0):
                 # Renamed first: a kill in the middle of deleting leaves no half checkpoint under a valid name.
                 doomed = path.with_name(f".{path.name}.deleting")
                 path.rename(doomed)

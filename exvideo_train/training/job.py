@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,40 @@ TRAINING_PARTS = ("transformer", "scheduler")
 LEAST_CLIPS_PER_HELD_OUT = 4
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_BYTES = 2**30
+
+
+# What can be meant, as wide as that: beyond it a number is a slip of the keyboard, and some end hours later.
+_MANY = 10**9
+RANGES: dict[str, tuple[float, float]] = {
+    "max_steps": (1, _MANY),
+    "seed": (0, 2**63 - 1),
+    "data.batch_size": (1, 10_000),
+    "data.token_budget": (0, _MANY),
+    "data.num_workers": (0, 256),
+    "data.max_corrupt_clips": (0, _MANY),
+    "data.held_out_clips": (0, _MANY),
+    "lora.rank": (1, 8192),
+    "optim.lr": (0, 1),
+    "optim.betas": (0, 1),
+    "optim.eps": (0, 1),
+    "optim.weight_decay": (0, 10),
+    "optim.gradient_clip": (0, 1e6),
+    "optim.warmup_steps": (0, _MANY),
+    "optim.final_lr_ratio": (0, 1),
+    "optim.accumulation_steps": (1, 10_000),
+    "logger.log_every_steps": (1, _MANY),
+    "checkpoint.every_steps": (0, _MANY),
+    "checkpoint.keep_last": (0, _MANY),
+    "checkpoint.keep_every": (0, _MANY),
+    "validation.every_steps": (0, _MANY),
+    "validation.timestep_quantiles": (1, 1000),
+    "validation.sample_every_steps": (0, _MANY),
+    "validation.sample_wait_minutes": (0, 1e6),
+    "safety.max_nonfinite_steps": (0, _MANY),
+    "safety.loss_spike_factor": (1, 1e6),
+    "safety.rank_timeout_seconds": (0, 1e6),
+    "safety.time_limit_minutes": (0, 1e6),
+}
 
 
 @dataclass(frozen=True)
@@ -115,16 +152,11 @@ def check_options(config: Train) -> None:
     Raises:
         UserError: names the option, its value and what it may be.
     """
-    positive = {
-        "max_steps": config.max_steps,
-        "data.batch_size": config.data.batch_size,
-        "optim.accumulation_steps": config.optim.accumulation_steps,
-        "logger.log_every_steps": config.logger.log_every_steps,
-        "validation.timestep_quantiles": config.validation.timestep_quantiles,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise UserError(f"{name}={value}: must be at least 1")
+    for name, (lowest, highest) in RANGES.items():
+        value = attrgetter(name)(config)
+        for number in value if isinstance(value, list) else [value]:
+            if not lowest <= number <= highest:
+                raise UserError(f"{name}={value}: must be from {lowest:g} to {highest:g}")
     if config.memory.zero_stage not in (1, 2, 3):
         raise UserError(f"memory.zero_stage={config.memory.zero_stage}: must be 1, 2 or 3; 2 is the default")
     if not config.optim.lr > 0:
@@ -134,10 +166,23 @@ def check_options(config: Train) -> None:
     for name, share in {
         "data.caption_dropout": config.data.caption_dropout,
         "optim.ema_decay": config.optim.ema_decay,
+        "optim.betas": max(config.optim.betas),
     }.items():
         if not 0 <= share < 1:
             raise UserError(f"{name}={share}: must be at least 0 and below 1")
-    _ = config.geometry
+    _ = lora_settings(config), geometries(config)
+
+
+def lora_settings(config: Experiment) -> LoraSettings:
+    """Size and place of the adapter; raises UserError for values out of range."""
+    lora = config.lora
+    return LoraSettings(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout)
+
+
+def geometries(config: Experiment) -> list[Geometry]:
+    """What is trained on: the geometries that are mixed, or the experiment's own; raises UserError for bad ones."""
+    own = config.geometry
+    return [Geometry.from_name(name) for name in config.data.geometries] or [own]
 
 
 def check_and_fetch_model(config: Train, mesh: Mesh) -> Path:
@@ -157,13 +202,12 @@ def open_data(config: Train, mesh: Mesh, model_path: Path, log: Log) -> Data:
         UserError: no store, a store of another model or geometry, or too few clips.
     """
     store = LatentStore.open(Path(config.latents))
-    geometries = [Geometry.from_name(name) for name in config.data.geometries] or [config.geometry]
-    for geometry in geometries:
+    for geometry in geometries(config):
         # Hashing the model's files takes a while: once, on rank 0.
         if mesh.is_main:
             store.require(model_fingerprint(model_path, geometry))
             _check_channels(store, geometry, model_path)
-    ids = {geometry: store.clip_ids(geometry) for geometry in geometries}
+    ids = {geometry: store.clip_ids(geometry) for geometry in geometries(config)}
     everything = sorted({clip_id for clip_ids in ids.values() for clip_id in clip_ids})
     num_held_out = min(config.data.held_out_clips, len(everything) // LEAST_CLIPS_PER_HELD_OUT)
     if num_held_out < config.data.held_out_clips and mesh.is_main:
@@ -216,8 +260,7 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
     beat("loading the backbone")
     dtype = training_dtypes(config.model.dtype)
     backbone = load_backbone(model_path, dtype, mesh.device)
-    settings = LoraSettings(config.lora.rank, config.lora.alpha, tuple(config.lora.targets), config.lora.dropout)
-    mesh.main_first(lambda: apply_lora(backbone, settings, config.seed))
+    mesh.main_first(lambda: apply_lora(backbone, lora_settings(config), config.seed))
     if checkpoint is not None:
         load_lora_state(backbone, checkpoint.tensors("lora"), source=str(checkpoint.path))
     backbone.train()
@@ -341,14 +384,22 @@ def batches(job: Job, position: int) -> Iterator[TrainingBatch]:
 
 
 def _check_shared_memory(num_workers: int, mesh: Mesh) -> None:
-    """Batches travel through /dev/shm; a container that asked for no more has 64 MB, three batches of one rank."""
-    if not num_workers or mesh.device.type != "cuda" or not SHARED_MEMORY.is_dir():
+    """Batches travel through /dev/shm; a container that asked for no more has 64 MB, three batches of one rank.
+
+    Raises:
+        UserError: it is too small or not writable. Torch would wait for a batch that a reader could not send.
+    """
+    if not num_workers or sys.platform != "linux":
         return
-    total = shutil.disk_usage(SHARED_MEMORY).total
-    if total < LEAST_SHARED_BYTES:
+    remedy = "start the container with --ipc=host (or --shm-size=8g), or set data.num_workers=0"
+    try:
+        tempfile.TemporaryFile(dir=SHARED_MEMORY).close()
+        total = shutil.disk_usage(SHARED_MEMORY).total
+    except OSError as error:
+        raise UserError(f"{SHARED_MEMORY} is not writable ({error.strerror}): {remedy}") from error
+    if mesh.device.type == "cuda" and total < LEAST_SHARED_BYTES:
         raise UserError(
-            f"{SHARED_MEMORY} has {total / 2**20:.0f} MiB, too little for data.num_workers={num_workers}: start the "
-            "container with --ipc=host (or --shm-size=8g), or set data.num_workers=0"
+            f"{SHARED_MEMORY} has {total / 2**20:.0f} MiB, too little for data.num_workers={num_workers}: {remedy}"
         )
 
 

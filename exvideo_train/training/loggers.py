@@ -15,8 +15,12 @@ from typing import Any
 from tqdm import tqdm
 
 from exvideo_train.config.experiment import LoggerConfig
-from exvideo_train.files import atomic_write_text
+from exvideo_train.errors import UserError
+from exvideo_train.files import atomic_write_text, parse_json, read_regular, short
 from exvideo_train.training.checkpoint import METRICS_FILE
+
+# A million records.
+_MAX_METRICS_BYTES = 1 << 30
 
 
 class RunLogger:
@@ -48,7 +52,8 @@ class RunLogger:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if checkpoint is not None and (checkpoint / METRICS_FILE).exists() and not read_metrics(self.run_dir):
-            atomic_write_text(self.run_dir / METRICS_FILE, (checkpoint / METRICS_FILE).read_text())
+            lines = [line for line, _ in _records(checkpoint / METRICS_FILE)]
+            atomic_write_text(self.run_dir / METRICS_FILE, "".join(line + "\n" for line in lines))
         self._drop_records_after(first_step)
         self._started = time.monotonic()
         self._first_step, self._max_steps = first_step, max_steps
@@ -78,7 +83,7 @@ class RunLogger:
         path = self.run_dir / METRICS_FILE
         if path.exists():
             # From step 0 nothing is kept: the validation before the first step is made again.
-            kept = [line for line in _whole_lines(path) if 0 < step >= json.loads(line)["step"]]
+            kept = [line for line, record in _records(path) if 0 < step >= record["step"]]
             atomic_write_text(path, "".join(line + "\n" for line in kept))
 
     def message(self, text: str) -> None:
@@ -144,15 +149,44 @@ class RunLogger:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All whole records of a run's metrics.jsonl."""
+    """All whole records of a run's metrics.jsonl.
+
+    Raises:
+        UserError: a line is no record of a run.
+    """
     path = run_dir / METRICS_FILE
-    return [json.loads(line) for line in _whole_lines(path)] if path.exists() else []
+    return [record for _, record in _records(path)] if path.exists() else []
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Lines that ended before the process did: a kill can cut the last one."""
-    text = path.read_text()
-    return text[: text.rfind("\n") + 1].splitlines()
+def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Lines that ended before the process did, with what they hold: a kill can cut the last one."""
+    text = read_regular(path, _MAX_METRICS_BYTES).decode(errors="replace")
+    records = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        try:
+            record = parse_json(line)
+            _check_record(record)
+        except ValueError as error:
+            raise UserError(f"{path}: line {number} is no record of a run ({error}); delete that line") from error
+        records.append((line, record))
+    return records
+
+
+def _check_record(record: Any) -> None:
+    """What a resumed run and its curves read of a record."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise ValueError("no object with a step")
+    numbers = [record.get("loss")]
+    for name in ("validation", "validation_ema"):
+        if name in record:
+            validation = record[name]
+            if not isinstance(validation, dict) or not isinstance(validation.get("by_position"), list):
+                raise ValueError(f"{name}={short(validation)}")
+            numbers += [validation.get("loss"), validation.get("extension_gap"), *validation["by_position"]]
+    for value in numbers:
+        # Null stands for what was not finite.
+        if value is not None and type(value) not in (int, float):
+            raise ValueError(f"{short(value)} where a loss should be")
 
 
 def _json_values(value: Any) -> Any:
@@ -182,7 +216,7 @@ def _wandb_id(run_dir: Path) -> str:
         import uuid
 
         atomic_write_text(path, uuid.uuid4().hex[:12])
-    return path.read_text().strip()
+    return read_regular(path, 1000).decode(errors="replace").strip()
 
 
 def format_seconds(seconds: float) -> str:

@@ -50,7 +50,7 @@ def run(config: Train) -> int:
     logger = RunLogger(Path(config.run_dir), config.logger, plain_config(config), mesh.is_main)
     # Before the watchdog: a first download of the weights takes as long as it takes.
     model_path = check_and_fetch_model(config, mesh)
-    with _run_folder_held(config, mesh):
+    with run_folder_held(config, mesh):
         # The watchdog inside: a launcher's signal must not end it before it has named the rank that failed.
         with (
             Interruption(config.safety.time_limit_minutes) as interruption,
@@ -72,7 +72,7 @@ def run(config: Train) -> int:
 
 
 @contextmanager
-def _run_folder_held(config: Train, mesh: Mesh) -> Iterator[None]:
+def run_folder_held(config: Train, mesh: Mesh) -> Iterator[None]:
     """Rank 0 holds the run folder's lock; a dry run writes nothing and may look at one that is at work."""
     with ExitStack() as stack:
         if not config.dry_run:
@@ -117,11 +117,7 @@ class Trainer:
 
     def train(self) -> int:
         """The whole run; returns the exit status."""
-        if self.mesh.is_main:
-            atomic_write_text(self.run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
-            set_aside_later_checkpoints(self.run_dir, self.step, self.logger.message)
-        self.logger.start(self.step, self.config.max_steps, self.job.checkpoint.path if self.job.checkpoint else None)
-        so_far = _from_records(read_metrics(self.run_dir)) if self.mesh.is_main else None
+        so_far = self.mesh.main_first(self._open_run_folder)
         self.mean_loss, self.validated_step = self.mesh.gather(so_far)[0]
         self.watchdog.beat("counting FLOPs")
         for geometry, _ in self.job.data.buckets:
@@ -155,6 +151,15 @@ class Trainer:
                 self._start_samples()
         self._finish()
         return 0
+
+    def _open_run_folder(self) -> tuple[float | None, int | None] | None:
+        """Rank 0 alone: config and records brought up to date; returns what the records so far tell."""
+        if not self.mesh.is_main:
+            return None
+        atomic_write_text(self.run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
+        set_aside_later_checkpoints(self.run_dir, self.step, self.logger.message)
+        self.logger.start(self.step, self.config.max_steps, self.job.checkpoint.path if self.job.checkpoint else None)
+        return _from_records(read_metrics(self.run_dir))
 
     def _train_step(self) -> StepResult:
         """One optimizer step."""
@@ -195,6 +200,14 @@ class Trainer:
         except UserError as error:
             # A worker process wraps its message into a traceback.
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from error
+        except RuntimeError as error:
+            # torch's words for a reader that was killed, by a full /dev/shm (Bus error) or for want of memory.
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a reader of data has died ({str(error).splitlines()[0]}): give the machine or container more memory "
+                "and a larger /dev/shm, or lower data.num_workers (0 does without readers)"
+            ) from error
         self.corrupt_clips.update(batch.replaced)
         num_samples = len(batch.clip_ids)
         geometry = self.job.data.buckets[self.job.data.order.locate(batch.positions[0])[0]][0]
@@ -251,6 +264,9 @@ class Trainer:
                 f"{self.config.data.max_corrupt_clips}; repair the store with "
                 f"python -m exvideo_train.latents verify latents={self.config.latents}"
             )
+        if not last.applied and self.mesh.any(not self.engine.holds_finite_weights()):
+            # No later update is finite either: the gradient goes through the weights.
+            self._give_up(self.writer.not_finite(self.step, "the adapter's weight"))
         if self.skipped_in_a_row > self.config.safety.max_nonfinite_steps:
             self._give_up(
                 f"{self.skipped_in_a_row} updates in a row had a non-finite gradient (clips above and in "
@@ -313,8 +329,7 @@ class Trainer:
         """Copy the state to rank 0's host memory, then write it in the background."""
         self.watchdog.beat("copying the checkpoint")
         tensors = self.engine.gather_state()
-        if self.mesh.is_main:
-            self.writer.save(self._state(), tensors, wait=wait)
+        self.mesh.main_first(lambda: self.writer.save(self._state(), tensors, wait=wait) if self.mesh.is_main else None)
         self.watchdog.beat("checkpoint")
         return tensors
 
@@ -335,14 +350,16 @@ class Trainer:
     def _finish(self) -> None:
         """The last checkpoint and the adapter that other programs load."""
         tensors = self._save(wait=False)
-        if self.mesh.is_main:
-            self._export(self.run_dir / ADAPTER_FILE, tensors["lora"], "raw")
-            if "ema" in tensors:
-                self._export(self.run_dir / EMA_ADAPTER_FILE, tensors["ema"], "ema")
-            self.writer.finish(raise_error=True)
+        self.mesh.main_first(lambda: self._write_results(tensors) if self.mesh.is_main else None)
         self._draw_curves()
         self.logger.message(f"finished {self.step} steps; adapter: {self.run_dir / ADAPTER_FILE}")
         self.logger.close()
+
+    def _write_results(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        self._export(self.run_dir / ADAPTER_FILE, tensors["lora"], "raw")
+        if "ema" in tensors:
+            self._export(self.run_dir / EMA_ADAPTER_FILE, tensors["ema"], "ema")
+        self.writer.finish(raise_error=True)
 
     def _export(self, path: Path, tensors: dict[str, Tensor], weights: str) -> None:
         lora = self.config.lora

@@ -91,6 +91,22 @@ def test_too_many_non_finite_steps_in_a_row_stop_the_run(trained: Trained) -> No
     assert result["num_updates"] == 0
 
 
+@pytest.mark.parametrize(("name", "step", "good"), [("spoilt", 6, 3), ("spoilt_when_saved", 3, 2)])
+def test_weights_that_are_not_finite_stop_the_run_and_reach_no_checkpoint(
+    trained: Trained, name: str, step: int, good: int
+) -> None:
+    result = (trained.two if name == "spoilt" else trained.one)[name]
+    assert result["status"] is None
+    assert f"step {step}: " in result["error"]
+    assert " is not finite (NaN or infinity) and is not saved" in result["error"]
+    assert f"the last good checkpoint is {trained.checkpoint(name, good)}" in result["error"]
+    checkpoints = list_checkpoints(trained.run_dir(name))
+    assert checkpoints[-1] == trained.checkpoint(name, good)
+    tensors = load_checkpoint(checkpoints[-1]).tensors("lora")
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    assert not (trained.run_dir(name) / "adapter.safetensors").exists()
+
+
 def test_loss_spikes_are_logged_with_their_clips(trained: Trained) -> None:
     result = trained.one["spikes"]
     assert result["status"] == 0

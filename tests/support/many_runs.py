@@ -7,6 +7,7 @@ Starting a rank takes ten times as long as a tiny training. Every run here is pr
     overrides       of the train command
     stop_after      ask for a stop after this step, as a signal would
     disk_full       [first, last] step between which no file can grow past 64 KiB
+    spoil_after     set a number of the adapter's weights to infinity after this step
     unequal         note whether a weight that differs on one rank is noticed
     fingerprint     note dtypes, a hash of the frozen weights before and after, and the modules imported
 """
@@ -55,9 +56,10 @@ class StopAfter(Interruption):
 
 
 class Recorder(Trainer):
-    """Notes which samples every step took, and fills the disk when told to."""
+    """Notes which samples every step took; fills the disk or spoils the weights when told to."""
 
     disk_full: tuple[int, int] | None = None
+    spoil_after: int | None = None
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -67,6 +69,12 @@ class Recorder(Trainer):
         batch = super()._next_batch()
         self.seen.append({"step": self.step + 1, "clip_ids": batch.clip_ids, "positions": batch.positions})
         return batch
+
+    def _train_step(self) -> Any:
+        result = super()._train_step()
+        if self.step == self.spoil_after:
+            self.engine._partitions()[0][0] = float("inf")
+        return result
 
     def _save(self, *args: Any, **kwargs: Any) -> Any:
         if self.disk_full is None:
@@ -161,6 +169,7 @@ def run_one(spec: dict[str, Any], mesh: Mesh, config: Train) -> dict[str, Any]:
             job: Job = prepare(config, mesh, check_and_fetch_model(config, mesh), logger.message, watchdog.beat)
             trainer = interruption.trainer = Recorder(job, logger, watchdog, interruption)
             trainer.disk_full = tuple(spec["disk_full"]) if spec.get("disk_full") else None
+            trainer.spoil_after = spec.get("spoil_after")
             if spec.get("fingerprint"):
                 result["dtypes"] = dtypes(job.engine.module)
                 result["frozen_before"] = frozen_hash(job.engine.module)

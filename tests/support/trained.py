@@ -146,6 +146,7 @@ class Trained:
                 spec("held_out_2", *HELD_OUT, "validation.every_steps=2"),
                 spec("nan_1", *nan, "memory.zero_stage=1"),
                 spec("nan_2", *nan),
+                spec("spoilt", "data.batch_size=2", "checkpoint.every_steps=3", "max_steps=9", spoil_after=4),
                 spec("nan_offloaded", *nan, "memory.offload_optimizer=true"),
                 # ZeRO-3 last: for the rest of a process DeepSpeed replaces torch's linear by one that rounds otherwise.
                 spec("zero3", "data.batch_size=2", "memory.zero_stage=3", "optim.ema_decay=0.5", *saved),
@@ -194,6 +195,7 @@ class Trained:
                     disk_full=[3, 4],
                 ),
                 spec("all_nan", f"latents={self.folder / 'all_nan'}", *faults, "safety.max_nonfinite_steps=3"),
+                spec("spoilt_when_saved", *faults, "checkpoint.every_steps=1", spoil_after=3),
                 spec("corrupt", f"latents={self.folder / 'corrupt'}", *faults),
                 spec("too_corrupt", f"latents={self.folder / 'corrupt'}", *faults, "data.max_corrupt_clips=1"),
                 spec(

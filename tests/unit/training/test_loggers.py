@@ -32,7 +32,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_with_an_empty_file(tmp_
     write_lines(tmp_path, 0, 1, 2)
     log = logger(tmp_path)
     log.start(0, 10)
-    log.record(0, {"validation": {"loss": 1.0}})
+    log.record(0, {"validation": {"loss": 1.0, "extension_gap": None, "by_position": [1.0]}})
     assert [record["step"] for record in read_metrics(tmp_path)] == [0]
 
 
