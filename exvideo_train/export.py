@@ -35,12 +35,12 @@ FINAL_ADAPTERS = {Weights.raw: "adapter.safetensors", Weights.ema: "adapter_ema.
 def export(config: Export) -> None:
     """Find the adapter in the run folder and write it in the format asked for."""
     target, run_dir = Path(config.adapter), Path(config.run_dir)
+    adapter, source = find_adapter(run_dir, config.weights, config.step)
     # The run's own adapters are the trainer's to write, of the steps that it ends with.
     finals = [run_dir / name for name in FINAL_ADAPTERS.values()]
     refuse_inputs("adapter", [target], {"run_dir": [*finals, *(run_dir / "checkpoints").rglob("*")]})
     if (run_dir / "checkpoints").resolve() in target.resolve().parents:
         raise UserError(f"adapter={target}: lies among the run's checkpoints; name a file outside")
-    adapter, source = find_adapter(run_dir, config.weights, config.step)
     write_adapter(
         target, config.format.value, adapter.tensors, adapter.rank, adapter.alpha, adapter.targets, adapter.provenance
     )
