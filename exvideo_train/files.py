@@ -24,7 +24,7 @@ MAX_HEADER_BYTES = 16 << 20
 _METADATA = "__metadata__"
 _MAX_AXES = 64  # as numpy; torch has no such limit
 _MAX_JSON_DEPTH = 64
-_MAX_DIGITS = 20  # of 2**64, or of a negative one of 63 bits
+_MAX_DIGITS = 40  # tokenizers write "no limit" as int(1e30)
 # What safetensors 0.8 knows (safetensors/src/tensor.rs); the sizes are the format's.
 _DTYPE_BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -229,7 +229,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """Strict JSON of untrusted origin: UTF-8, no key twice, whole characters, 64 levels, numbers that fit 64 bits.
+    """Strict JSON of untrusted origin: UTF-8, no key twice, whole characters, 64 levels, 40 digits.
 
     Raises:
         ValueError: it is anything else; the message says what.

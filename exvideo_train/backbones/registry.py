@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,10 @@ import torch
 from torch import nn
 
 from exvideo_train.backbones.cogvideox.family import COGVIDEOX
+from exvideo_train.backbones.config_file import read_config
 from exvideo_train.backbones.family import BackboneFamily
 from exvideo_train.errors import UserError
+from exvideo_train.files import short
 
 FAMILIES: tuple[BackboneFamily[Any], ...] = (COGVIDEOX,)
 
@@ -35,15 +36,11 @@ def backbone_family(model_path: Path) -> BackboneFamily[Any]:
             if family.subfolder == path.parent.name and family.class_name == class_name:
                 return family
     known = ", ".join(family.class_name for family in FAMILIES)
-    raise UserError(f"{paths[0]}: _class_name={_class_name(paths[0])!r} is not supported; supported: {known}")
+    raise UserError(f"{paths[0]}: _class_name={short(_class_name(paths[0]))} is not supported; supported: {known}")
 
 
 def _class_name(path: Path) -> Any:
-    try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); download the model folder again") from None
-    return fields.get("_class_name") if isinstance(fields, dict) else None
+    return read_config(path).get("_class_name")
 
 
 def backbone_config(model_path: Path) -> Any:
