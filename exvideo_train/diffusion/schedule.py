@@ -5,7 +5,6 @@ Axis letters: B batch.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exvideo_train.backbones.config_file import check_bounds, read_config
 from exvideo_train.errors import UserError
+from exvideo_train.files import short
 
 # What diffusers' CogVideoXDDIMScheduler and CogVideoXDPMScheduler assume for a field that the file lacks. The
 # samplers read the same file, so training must assume the same, odd as it is: snr_shift_scale is 3.0 here
@@ -27,6 +28,13 @@ LIBRARY_DEFAULTS: dict[str, Any] = {
     "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
     "snr_shift_scale": 3.0,
+}
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "num_train_timesteps": (1, 100_000),
+    "beta_start": (1e-9, 0.999),
+    "beta_end": (1e-9, 0.999),
+    "snr_shift_scale": (1e-3, 1e3),
+    "steps_offset": (0, 1000),
 }
 
 
@@ -48,24 +56,26 @@ class NoiseSchedule:
         Raises:
             UserError: the file is missing or broken, or describes a schedule that is not trained here.
         """
-        return cls.from_config(_read_config(model_path), source=model_path / "scheduler" / "scheduler_config.json")
+        path = model_path / "scheduler" / "scheduler_config.json"
+        return cls.from_config(read_scheduler_config(model_path), source=path)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], source: Path | str = "scheduler config") -> NoiseSchedule:
         """Build the table in float64: betas, SNR shift (as in SD3), then the rescale to zero terminal SNR."""
         fields = {name: config.get(name, default) for name, default in LIBRARY_DEFAULTS.items()}
+        _check_fields(fields, source)
         if fields["prediction_type"] != "v_prediction":
             raise UserError(
-                f"{source}: prediction_type={fields['prediction_type']!r}: training needs v_prediction; "
+                f"{source}: prediction_type={short(fields['prediction_type'])}: training needs v_prediction; "
                 "use a model whose scheduler says prediction_type=v_prediction (CogVideoX-2B, CogVideoX-5B)"
             )
         alphas_cumprod = torch.cumprod(1.0 - _betas(fields, source), dim=0)
         shift = float(fields["snr_shift_scale"])
-        if not shift > 0:
-            raise UserError(f"{source}: snr_shift_scale={shift}: must be positive; 1.0 leaves the schedule as it is")
         alphas_cumprod = alphas_cumprod / (shift + (1.0 - shift) * alphas_cumprod)
         if fields["rescale_betas_zero_snr"]:
             alphas_cumprod = _rescale_to_zero_terminal_snr(alphas_cumprod)
+        if not torch.isfinite(alphas_cumprod).all():
+            raise UserError(f"{source}: gives a schedule that is not finite; fetch the model again")
         return cls(alphas_cumprod)
 
     @property
@@ -91,20 +101,27 @@ class NoiseSchedule:
         return self.alphas_cumprod.to(timesteps_B.device)[timesteps_B]
 
 
-def _read_config(model_path: Path) -> dict[str, Any]:
+def read_scheduler_config(model_path: Path) -> dict[str, Any]:
+    """The checked fields of a published model's ``scheduler/scheduler_config.json``, as the file has them.
+
+    Raises:
+        UserError: the file is missing or broken, or a field is out of bounds.
+    """
     path = model_path / "scheduler" / "scheduler_config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror or error}; model.path must be a folder in the published layout "
-            "(transformer/ vae/ text_encoder/ tokenizer/ scheduler/)"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); fetch the model again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds a {type(config).__name__}, not an object; fetch the model again")
+    config = read_config(path)
+    _check_fields(config, path)
     return config
+
+
+def _check_fields(fields: dict[str, Any], source: Path | str) -> None:
+    """Refuse what no schedule has, before tables are made of it: a length, a beta or a shift beyond all use."""
+    check_bounds(fields, _BOUNDS, source)
+    betas = fields.get("trained_betas")
+    if betas is not None:
+        if not isinstance(betas, list) or not 1 <= len(betas) <= _BOUNDS["num_train_timesteps"][1]:
+            raise UserError(f"{source}: trained_betas={short(betas)} is not a list of betas; fetch the model again")
+        for beta in betas:
+            check_bounds({"trained_betas": beta}, {"trained_betas": _BOUNDS["beta_start"]}, source)
 
 
 def _betas(fields: dict[str, Any], source: Path | str) -> Tensor:
@@ -116,7 +133,7 @@ def _betas(fields: dict[str, Any], source: Path | str) -> Tensor:
     if fields["beta_schedule"] == "linear":
         return torch.linspace(start, end, num_timesteps, dtype=torch.float64)
     raise UserError(
-        f"{source}: beta_schedule={fields['beta_schedule']!r}: use a model with scaled_linear or linear betas"
+        f"{source}: beta_schedule={short(fields['beta_schedule'])}: use a model with scaled_linear or linear betas"
     )
 
 

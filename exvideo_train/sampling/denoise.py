@@ -5,7 +5,7 @@ Axis letters: B batch, C channel, T latent frames, H height, W width, L text tok
 
 from __future__ import annotations
 
-import json
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,9 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from exvideo_train.diffusion.schedule import read_scheduler_config
 from exvideo_train.errors import UserError
+from exvideo_train.files import short
 from exvideo_train.geometry import Geometry
 
 SCHEDULERS: dict[str, Any] = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
@@ -61,11 +63,15 @@ def load_scheduler(model_path: Path, settings: SamplerSettings) -> Any:
         UserError: the model's file is missing or broken, or has fewer timesteps than steps are asked for.
     """
     path = model_path / "scheduler" / "scheduler_config.json"
+    scheduler_class = SCHEDULERS[settings.scheduler]
+    known = inspect.signature(scheduler_class.__init__).parameters
+    config = {name: value for name, value in read_scheduler_config(model_path).items() if name in known}
+    if (kind := config.get("prediction_type", "epsilon")) not in ("epsilon", "sample", "v_prediction"):
+        raise UserError(f"{path}: prediction_type={short(kind)} is unknown; fetch the model again")
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); fetch the model again") from error
-    scheduler = SCHEDULERS[settings.scheduler].from_config(config, timestep_spacing="trailing")
+        scheduler = scheduler_class.from_config(config, timestep_spacing="trailing")
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is no schedule ({error}); fetch the model again") from error
     if settings.num_inference_steps > scheduler.config.num_train_timesteps:
         raise UserError(
             f"num_inference_steps={settings.num_inference_steps}: the model has only "
