@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exvideo_train.backbones.cogvideox.encoders import load_text_encoder, load_tokenizer, load_vae
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import FRAME_CHUNK, SPATIAL_COMPRESSION
 from exvideo_train.latents.fields import check_scaling_factor
@@ -31,12 +32,10 @@ class TextEncoder:
     """
 
     def __init__(self, model_path: Path, device: torch.device | str, dtype: torch.dtype, max_length: int) -> None:
-        from transformers import T5EncoderModel, T5Tokenizer
-
         self.device = torch.device(device)
         self.max_length = max_length
-        self._tokenizer = _load(T5Tokenizer, model_path / "tokenizer")
-        self._model: Any = _load(T5EncoderModel, model_path / "text_encoder", dtype=dtype)
+        self._model: Any = load_text_encoder(model_path / "text_encoder", dtype)
+        self._tokenizer = load_tokenizer(model_path / "tokenizer", self._model.config.vocab_size)
         self._model.requires_grad_(False).eval().to(self.device)
 
     @torch.inference_mode()
@@ -78,11 +77,9 @@ class VideoEncoder:
     """
 
     def __init__(self, model_path: Path, device: torch.device | str, dtype: torch.dtype, tiling: bool) -> None:
-        from diffusers import AutoencoderKLCogVideoX
-
         self.device = torch.device(device)
         self.dtype = dtype
-        self._vae: Any = _load(AutoencoderKLCogVideoX, model_path / "vae", torch_dtype=dtype)
+        self._vae: Any = load_vae(model_path / "vae", dtype)
         self._vae.requires_grad_(False).eval().to(self.device)
         self.scaling_factor = check_scaling_factor(self._vae.config.scaling_factor, model_path / "vae" / "config.json")
         if tiling:
@@ -149,16 +146,6 @@ class VideoEncoder:
         """Free the weights."""
         self._vae = None
         _free_memory(self.device)
-
-
-def _load(model_class: Any, folder: Path, **options: Any) -> Any:
-    if not folder.is_dir():
-        raise UserError(f"model.path: {folder} does not exist; point model.path to a folder in the published layout")
-    try:
-        return model_class.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise UserError(f"model.path: {folder} cannot be loaded ({first_line}); fetch the model again") from error
 
 
 def _free_memory(device: torch.device) -> None:

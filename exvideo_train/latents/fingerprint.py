@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from exvideo_train.backbones.config_file import MAX_TEXT_LENGTH, check_bounds, read_config
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_json, sha256_file, short
 from exvideo_train.geometry import Geometry
@@ -189,7 +191,8 @@ def read_text_length(model_path: Path) -> int:
     226, as of every published CogVideoX, where the model's folder has no transformer: encoding downloads none.
     """
     path = model_path / "transformer" / "config.json"
-    config = _read_config(path) if path.exists() else {}
+    config = read_config(path) if path.exists() else {}
+    check_bounds(config, {"max_text_seq_length": (1, MAX_TEXT_LENGTH)}, path)
     return int(config.get("max_text_seq_length", PUBLISHED_TEXT_LENGTH))
 
 
@@ -200,24 +203,10 @@ def read_scaling_factor(model_path: Path) -> float:
         UserError: the file cannot be read, or the factor is missing, no number, or not positive and finite.
     """
     path = model_path / "vae" / "config.json"
-    config = _read_config(path)
+    config = read_config(path)
     if "scaling_factor" not in config:
         raise UserError(f"{path} has no scaling_factor; point model.path to a CogVideoX model")
     return check_scaling_factor(config["scaling_factor"], path)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        raise ValueError(f"{short(content)} is no object")
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); point model.path to a folder in the published layout"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); fetch it again") from error
 
 
 def component_digest(folder: Path, write_cache: bool = True) -> str | None:
@@ -259,6 +248,8 @@ class _DigestCache:
         try:
             real = path.resolve(strict=True)
             status = real.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{path} is not a regular file; fetch the model again")
             if status.st_size < self.SMALLEST_BYTES:
                 return sha256_file(real)
             key = f"{real} {status.st_size} {status.st_mtime_ns}"

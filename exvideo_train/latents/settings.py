@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from exvideo_train.backbones.config_file import read_size
 from exvideo_train.backbones.hub import resolve_model_path
 from exvideo_train.config.latents import EncodeLatents
 from exvideo_train.errors import UserError
@@ -72,11 +72,11 @@ class EncodeSettings:
 
     def bytes_per_clip(self) -> int:
         """Size of one latent file."""
-        vae = json.loads((self.model_path / "vae" / "config.json").read_text())
-        text = json.loads((self.model_path / "text_encoder" / "config.json").read_text())
+        latent_channels = read_size(self.model_path / "vae" / "config.json", "latent_channels", 1024)
+        text_channels = read_size(self.model_path / "text_encoder" / "config.json", "d_model", 1 << 16)
         geometry = self.geometry
         moments = geometry.num_latent_frames * geometry.latent_height * geometry.latent_width
-        values = 2 * int(vae["latent_channels"]) * moments + self.text_length * int(text["d_model"])
+        values = 2 * latent_channels * moments + self.text_length * text_channels
         return values * _BYTES[self.dtype] + _HEADER_BYTES
 
 
