@@ -31,6 +31,15 @@ def file_stamp(video: str) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
+def _as_key(key: str) -> str | bytes:
+    """A key as SQLite takes it: the names of some files are not UTF-8."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return key.encode("utf-8", "surrogatepass")
+    return key
+
+
 class Journal:
     """Texts by key, each valid for one stamp. A context manager; leaving it commits."""
 
@@ -62,7 +71,7 @@ class Journal:
             UserError: the journal is damaged, or `read` raises an error that says so.
         """
         try:
-            row = self._connection.execute("SELECT stamp, content FROM found WHERE key = ?", (key,)).fetchone()
+            row = self._connection.execute("SELECT stamp, content FROM found WHERE key = ?", (_as_key(key),)).fetchone()
             return read(row[1]) if row and row[0] == stamp else None
         except sqlite3.Error as error:
             raise self._user_error(error) from None
@@ -72,7 +81,7 @@ class Journal:
     def put(self, key: str, stamp: str, content: str) -> None:
         """Note a text."""
         try:
-            self._connection.execute("INSERT OR REPLACE INTO found VALUES (?, ?, ?)", (key, stamp, content))
+            self._connection.execute("INSERT OR REPLACE INTO found VALUES (?, ?, ?)", (_as_key(key), stamp, content))
             if time.monotonic() - self._committed > _COMMIT_SECONDS:
                 self._connection.commit()
                 self._committed = time.monotonic()
