@@ -70,10 +70,10 @@ def iter_members(descriptor: int) -> Iterator[Member]:
         header = os.pread(descriptor, _BLOCK, position)
         if not header.strip(b"\0"):
             if len(header) < _BLOCK:
-                raise DamagedShard(f"it ends at byte {position + len(header):,} without an end mark")
+                raise DamagedShard(f"it ends at byte {end:,} without an end mark")
             return
         if len(header) < _BLOCK:
-            raise DamagedShard(f"it ends at byte {position + len(header):,} inside a header")
+            raise DamagedShard(f"it ends at byte {end:,} inside a header")
         if _checksum(header) != _number(header[148:156], position):
             raise DamagedShard(f"no header of a member at byte {position:,}")
         kind = header[156:157]
@@ -162,7 +162,7 @@ def _after_sparse_map(descriptor: int, header: bytes, content: int) -> int:
     while is_continued:
         block = os.pread(descriptor, _BLOCK, content)
         if len(block) < _BLOCK:
-            raise DamagedShard(f"it ends at byte {content + len(block):,} inside a header")
+            raise DamagedShard(f"it ends at byte {content + len(block):,} inside the map of a sparse file")
         is_continued = block[504]
         content += _BLOCK
     return content

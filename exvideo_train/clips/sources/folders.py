@@ -13,12 +13,21 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 from exvideo_train.clips.container import Reason, UnreadableClip, split_video
 from exvideo_train.clips.sources.base import BAD_NAME, VIDEO_SUFFIXES, Dropped
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
 _FOLLOW = "follow_links=true follows it"
+
+
+class Refused(NamedTuple):
+    """An entry of a folder that may not be read, and why."""
+
+    name: str
+    problem: UnreadableClip
+    is_folder: bool
 
 
 @dataclass
@@ -28,12 +37,12 @@ class Listing:
     Attributes:
         folder: its path.
         files: names of the regular files in it, sorted; hidden ones are left out.
-        refused: names of what may not be read, with the reason and a detail.
+        refused: what may not be read.
     """
 
     folder: str
     files: list[str] = field(default_factory=list)
-    refused: list[tuple[str, UnreadableClip]] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
 
     def videos(self) -> list[str]:
         """Names of the video files."""
@@ -43,9 +52,9 @@ class Listing:
     def drops(self, suffixes: Iterable[str] = VIDEO_SUFFIXES) -> list[Dropped]:
         """What is not used: what would be a video or a folder of them, and names that say nothing."""
         drops = []
-        for name, problem in sorted(self.refused, key=lambda refused: refused[0]):
+        for name, problem, is_folder in sorted(self.refused, key=lambda entry: entry.name):
             path = os.path.join(self.folder, name)
-            if name.lower().endswith(tuple(suffixes)) or os.path.isdir(path):
+            if is_folder or name.lower().endswith(tuple(suffixes)):
                 drops.append(Dropped(problem.reason, problem.detail, path, path))
         for name in self.files:
             path = os.path.join(self.folder, name)
@@ -98,7 +107,9 @@ class DataFolder:
                 if error.errno != errno.ENAMETOOLONG:
                     raise
                 parent, name = os.path.split(current)
-                yield Listing(parent, [], [(name, UnreadableClip(Reason.READ_ERROR, "its path is too long"))])
+                yield Listing(
+                    parent, [], [Refused(name, UnreadableClip(Reason.READ_ERROR, "its path is too long"), True)]
+                )
                 continue
             yield listing
             stack.extend(sorted(folders, reverse=True))
@@ -117,9 +128,11 @@ class DataFolder:
                     elif entry.is_file():
                         listing.files.append(entry.name)
                     else:
-                        listing.refused.append((entry.name, _not_a_file(entry.path)))
+                        raise _not_a_file(entry.path)
                 except UnreadableClip as problem:
-                    listing.refused.append((entry.name, problem))
+                    is_folder = os.path.isdir(entry.path)
+                    if is_folder or not entry.name.startswith("."):
+                        listing.refused.append(Refused(entry.name, problem, is_folder))
         listing.files.sort()
         return listing, folders
 
@@ -148,6 +161,8 @@ class DataFolder:
         """
         inside = _real(self.path)
         try:
+            if path == self.path:
+                raise _not_a_file(path)
             if not _is_below(path, self.path) and not _is_below(os.path.realpath(path), inside):
                 raise UnreadableClip(
                     Reason.OUTSIDE, f"{path} is not below {self.path}; videos= takes the folder of all of them"
@@ -202,4 +217,5 @@ def _real(folder: str) -> str:
 
 
 def _is_below(path: str, folder: str) -> bool:
+    """Whether a path is a folder or something in it; both absolute and normalised."""
     return path == folder or path.startswith(folder if folder.endswith(os.sep) else folder + os.sep)

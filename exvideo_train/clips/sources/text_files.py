@@ -90,9 +90,10 @@ def csv_pieces(path: Path, required: tuple[str, ...]) -> Iterator[RawRows]:
                 piece.dropped.append(Dropped(MALFORMED_ROW, str(error), f"{path}:{lines.first}"))
                 lines.give_back()
                 continue
-            if len(fields) > len(columns) and any(fields[len(columns) :]):
-                detail = f"{len(fields)} fields for {len(columns)} columns; is a comma not in quotes?"
+            if _has_stray_mark(fields, columns, lines.num_taken):
+                detail = f"{len(fields)} fields for {len(columns)} columns; is a comma or a quote not in quotes?"
                 piece.dropped.append(Dropped(MALFORMED_ROW, detail, f"{path}:{lines.first}"))
+                lines.give_back()
             elif fields:
                 # A row may be short of columns: what needs one of them says so.
                 piece.rows.append((lines.first, dict(zip(columns, fields, strict=False))))
@@ -102,6 +103,13 @@ def csv_pieces(path: Path, required: tuple[str, ...]) -> Iterator[RawRows]:
                 piece, done, lines.size = RawRows(str(path), [], 0), binary.tell(), 0
         if piece.rows or piece.dropped:
             yield RawRows(str(path), piece.rows, binary.tell() - done, piece.dropped)
+
+
+def _has_stray_mark(fields: list[str], columns: list[str], num_lines: int) -> bool:
+    """Whether a row's fields are not what its writer meant: a stray quote makes one row of several."""
+    if num_lines > 1 and len(fields) != len(columns):
+        return True
+    return len(fields) > len(columns) and any(fields[len(columns) :])
 
 
 def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
@@ -124,6 +132,11 @@ class _Lines:
         """Number of the row's first line."""
         self.size = 0
         """Letters read; whoever counts them sets it back."""
+
+    @property
+    def num_taken(self) -> int:
+        """Lines of the row so far."""
+        return len(self._taken)
 
     def begin_row(self) -> None:
         """What is taken from now on belongs to the next row."""

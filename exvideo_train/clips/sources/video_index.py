@@ -58,7 +58,7 @@ class VideoIndex:
     num_files: int
     has_span_names: bool
     refused: dict[str, UnreadableClip]
-    """Files that bear a video's name but may not be read, by path."""
+    """What may not be read, by path."""
     dropped: list[Dropped]
     """Folders that were not searched."""
     _loaded: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
@@ -124,14 +124,13 @@ def build_video_index(folder: Path, arrays: Path, follow_links: bool = False) ->
     with open(arrays / "names.bin", "wb") as names:
         for listing in DataFolder(str(folder), follow_links).walk():
             folders.append(os.fsencode(listing.folder))
-            for name, problem in listing.refused:
+            for name, problem, is_folder in listing.refused:
                 path = os.path.join(listing.folder, name)
-                if name.lower().endswith(VIDEO_SUFFIXES):
-                    refused[path] = problem
-                elif os.path.isdir(path):
+                refused[path] = problem
+                if is_folder:
                     dropped.append(Dropped(problem.reason, problem.detail, path, path))
             # A refused file keeps its place, so that its clips are said to be refused, not missing.
-            for name in sorted([*listing.files, *(name for name, _ in listing.refused)]):
+            for name in sorted([*listing.files, *(entry.name for entry in listing.refused)]):
                 stem, suffix = os.path.splitext(name)
                 if suffix.lower() not in VIDEO_SUFFIXES:
                     continue
