@@ -13,6 +13,7 @@ from support.attacked_sources import parse_all
 from support.attacks import Attack, Ending, attacks, check_ending, dropped, held
 from support.videos import make_video
 
+from exvideo_train.build_manifest import make_source
 from exvideo_train.clips.manifest import BuildOptions, build_manifest
 from exvideo_train.clips.record import read_manifest
 from exvideo_train.clips.sources.folder import CaptionedFolder, CaptionTable
@@ -20,6 +21,7 @@ from exvideo_train.clips.sources.internvid import InternVid
 from exvideo_train.clips.sources.video_index import build_video_index
 from exvideo_train.clips.sources.webdataset import WebDataset
 from exvideo_train.clips.target import dropped_path
+from exvideo_train.config.clips import BuildManifest, SourceKind
 from exvideo_train.errors import UserError
 
 SECRET = "a secret of the machine"
@@ -158,8 +160,9 @@ def test_metadata_beside_a_video_that_leads_out_is_not_read(data: Path) -> None:
 def test_links_are_followed_where_the_user_says_so(data: Path) -> None:
     (data / "good.txt").symlink_to("../outside/secret.txt")
     (data / "more").symlink_to("../outside")
-    for source in (CaptionedFolder(str(data), True), WebDataset(str(data), True)):
-        clips, drops = parse_all(source)
+    for kind in (SourceKind.folder, SourceKind.webdataset):
+        config = BuildManifest(source=kind, videos=str(data), follow_links=True)
+        clips, drops = parse_all(make_source(config, data.parent / "clips.jsonl"))
         assert [(Path(clip.video).name, clip.caption) for clip in clips] == [
             ("good.mp4", SECRET),
             ("secret.mp4", SECRET),

@@ -231,6 +231,7 @@ SHARDS = [
     dropped("empty", cut_at(0), "corrupt", "without an end mark"),
     dropped("a member of 2 GB", grown, "too_large", "unpack it"),
     dropped("a link out of the folder", linked, "outside", "is a link to"),
+    dropped("a compressed shard", lambda path: path.rename(f"{path}.gz"), "unsupported_format", "unpack it"),
     dropped("a pipe", replaced(os.mkfifo), "not_a_file"),
     dropped("a link to a device", replaced(lambda path: path.symlink_to("/dev/zero")), "outside", "/dev/zero"),
     dropped("a link to itself", replaced(lambda path: path.symlink_to(path.name)), "missing", "leads nowhere"),

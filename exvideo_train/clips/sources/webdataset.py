@@ -26,7 +26,7 @@ from exvideo_train.clips.sources.base import (
     videos_folder,
 )
 from exvideo_train.clips.sources.folder import MAX_CAPTION_BYTES, ROWS_A_PIECE
-from exvideo_train.clips.sources.folders import DataFolder, name_problem
+from exvideo_train.clips.sources.folders import DataFolder, Listing, name_problem
 from exvideo_train.errors import UserError
 from exvideo_train.files import open_regular
 
@@ -40,6 +40,7 @@ _SCORES = {
 }
 _CAPTION_KEYS = ("caption", "Caption", "text")
 _SHARD = ".tar"
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _SIDECARS = (".txt", ".json")
 # The content of what lies beside a video, given its path or its member's name and the most bytes of it.
 _Read = Callable[[str, int], bytes | None]
@@ -72,6 +73,7 @@ class WebDataset(Source):
             for name in shards:
                 yield RawRows(listing.folder, [(0, name)], 1)
             videos, dropped = listing.videos(), listing.drops((*VIDEO_SUFFIXES, _SHARD))
+            dropped += [_compressed(listing, name) for name in listing.files if name.lower().endswith(_COMPRESSED)]
             found = found or bool(videos or shards)
             refused = refused or (dropped[0].detail if dropped else "")
             for start in range(0, len(videos), ROWS_A_PIECE):
@@ -155,6 +157,11 @@ class WebDataset(Source):
                 caption = value
         scores = {name: score for key, name in _SCORES.items() if (score := as_score(metadata.get(key))) is not None}
         return [*notes, *self.clip(video, video, (0.0, None), caption, scores, text_path or video)]
+
+
+def _compressed(listing: Listing, name: str) -> Dropped:
+    path = os.path.join(listing.folder, name)
+    return Dropped(Reason.UNSUPPORTED_FORMAT.value, f"{path} is compressed; shards are read in place: unpack it", path)
 
 
 def _is_shard(path: str) -> bool:
