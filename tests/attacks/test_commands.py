@@ -263,11 +263,7 @@ IS_INPUT = [
         refused(f"export {path}", ("export", f"adapter={path}"), "adapter=")
         for path in (
             *("run/adapter.safetensors", "link_run/adapter_ema.safetensors", f"{CHECKPOINT}/lora.safetensors"),
-            *(
-                f"link_{CHECKPOINT}/lora.safetensors",
-                f"{CHECKPOINT}/ema.safetensors",
-                f"./{CHECKPOINT}/new/a.safetensors",
-            ),
+            *(f"link_{CHECKPOINT}/lora.safetensors", f"{CHECKPOINT}/ema.safetensors", f"{CHECKPOINT}/a/b.safetensors"),
         )
     ],
     refused("sample", ("sample",), "output= would write", "prompts_file= reads"),
