@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import command_environment, command_line
 from support.attacks import Attack, attacks, check_ending, held, refused
 from support.processes import ended
 
 from exvideo_train import build_manifest, export, filter_clips, locks, plan, sample
+from exvideo_train.adapters.formats import write_adapter
 from exvideo_train.clips.bounds import MAX_DEPTH, MAX_LINE_BYTES
 from exvideo_train.clips.journal import Journal
 from exvideo_train.clips.probing import probe_videos
@@ -193,6 +195,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, clip_path: Path, tiny_mod
     for name in ("lora", "adam"):
         (folder / "run" / "checkpoints" / "step_00000001").mkdir(parents=True, exist_ok=True)
         (folder / "run" / "checkpoints" / "step_00000001" / f"{name}.safetensors").write_text("weights")
+    pair = {f"transformer_blocks.0.attn1.to_q.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
+    write_adapter(folder / "run" / "adapter.safetensors", "diffusers", pair, 2, 2.0, ["to_q"], {"steps": 1})
     (folder / "prompts.txt").write_text("a rabbit\n")
     (folder / "model").symlink_to(tiny_model_5b)
     with pytest.MonkeyPatch.context() as patch:
