@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,7 +39,10 @@ def check_rows(attack: Attack, source: Source, num_good: int) -> None:
     """The good rows around the attacked one are there, and it too where it is held."""
 
     def run() -> Mapping[str, str]:
-        clips, drops = parse_all(source)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            clips, drops = parse_all(source)
+        assert not warned, "Python speaks of what a stranger wrote"
         words = [clip.caption for clip in clips if clip.caption == "good words"]
         assert len(words) == num_good
         is_kept = attack.ending is Ending.HELD or any(word in str(drops) for word in (DAMAGED, CUT))
@@ -157,6 +161,9 @@ PANDA = [
     dropped("an id alone", b"x__________", ROW, "'timestamp' is missing"),
     dropped("a long row", panda() + b",a,b", ROW, "7 fields for 5 columns"),
     dropped("no spans", panda(timestamp=""), ROW, "is not a list"),
+    dropped("an empty list of spans", panda(timestamp="[]", caption="[]"), ROW, "lists no clip"),
+    held("what Python would warn of, in a caption", panda(caption=r"['a \d\e\f']")),
+    dropped("what Python would warn of, in place of a list", panda(timestamp="1if 2else 3"), ROW, "is not a list"),
     dropped("a span of one", panda(timestamp="[['0:00:01']]"), ROW, "not a pair"),
     dropped("brackets in Python", panda(caption="['a', " + "[" * 50_000), ROW, "is not a list"),
     dropped("brackets in JSON", panda(caption="[" * 900 + "]" * 900), ROW, "is not a list"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,8 @@ class Panda70M(Table):
         video_id = row["videoID"]
         spans = parse_spans(row["timestamp"])
         captions = parse_list(row["caption"])
+        if not spans:
+            raise ValueError("it lists no clip")
         if len(captions) != len(spans):
             raise ValueError(f"{len(spans)} timestamps but {len(captions)} captions")
         columns = [(name, _optional_list(row, column, len(spans))) for column, name in _COLUMNS]
@@ -127,7 +130,10 @@ def parse_list(text: str) -> list[Any]:
         value = parse_json(text)
     except ValueError:
         try:
-            value = ast.literal_eval(text.strip())
+            # The parser warns of what a stranger's text would mean as a program ("\\d", "1if").
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                value = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise ValueError(f"{text[:60]!r} is not a list") from None
     if not isinstance(value, list):
