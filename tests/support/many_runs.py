@@ -73,7 +73,7 @@ class Recorder(Trainer):
     def _train_step(self) -> Any:
         result = super()._train_step()
         if self.step == self.spoil_after:
-            self.engine._partitions()[0][0] = float("inf")
+            self.engine._partitions()[0].detach()[0] = float("inf")
         return result
 
     def _save(self, *args: Any, **kwargs: Any) -> Any:
