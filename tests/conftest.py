@@ -12,9 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pytest
+
+if TYPE_CHECKING:
+    from support.trained import Trained
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -38,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # one takes the others, each one after another. (Under pytest 9.2 xdist 3.8 does not group: then both workers make
     # the shared runs, which costs time and nothing else; constraints.txt keeps 9.1.)
     for item in items:
-        if "integration" in item.path.relative_to(REPOSITORY).parts:
+        if {"integration", "golden"} & set(item.path.relative_to(REPOSITORY).parts):
             group = "training" if "trained" in getattr(item, "fixturenames", ()) else "data"
             item.add_marker(pytest.mark.xdist_group(group))
 
@@ -70,6 +73,14 @@ def tiny_model_2b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clip_path() -> Path:
     """The real clip: 132 frames, 1280x720, 25 fps, H.264 with sound."""
     return REPOSITORY / "examples" / "clips" / "bigbuckbunny.mp4"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model_5b: Path) -> Trained:
+    """Runs of the tiny model on one, two and four ranks, made when first asked for."""
+    from support.trained import Trained
+
+    return Trained(tmp_path_factory.mktemp("trained"), tiny_model_5b)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What must not move: a recording of what the commands give at small size, and files made by an earlier version."""
