@@ -153,6 +153,9 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
                 found += differences(one[name], other[name], at)
         return found
     if isinstance(one, list) and isinstance(other, list):
+        if all(isinstance(entry, str) for entry in [*one, *other]) and set(one) != set(other):
+            gone, come = ([entry for entry in a if entry not in b] for a, b in ((one, other), (other, one)))
+            return [f"{where}: only in the first {gone} | only in the second {come}"]
         found = [] if len(one) == len(other) else [f"{where}: {len(one)} entries | {len(other)} entries"]
         for index, (first, second) in enumerate(zip(one, other, strict=False)):
             found += differences(first, second, f"{where}/{index}")
