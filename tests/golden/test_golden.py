@@ -157,7 +157,7 @@ def test_a_store_made_before_is_gone_on_with(run_command: Any, clip_path: Path, 
     assert new_header["order"] == old_header["order"]
     for name, tensor in old.items():
         assert new[name].dtype == tensor.dtype
-        # bf16 has 8 bits: a few roundings apart.
+        # 0.02 apart between AVX-512 and SSE4.1: bf16 has 8 bits.
         torch.testing.assert_close(new[name].float(), tensor.float(), rtol=0.03, atol=0.03)
     made = HERE / "made_before" / "latents"
     assert (latents / "store.json").read_bytes() == (made / "store.json").read_bytes()
@@ -174,7 +174,8 @@ def test_a_run_made_before_goes_on(run_command: Any, tmp_path: Path) -> None:
     records = contents.run(folder / "run")["metrics"]
     made = contents.metrics(HERE / "made_before" / "run")
     assert records[: len(made)] == made, "records of earlier steps stay"
-    check_close(expected("continued", records), records, 1e-3, 1e-4, "continued")
+    # Between AVX-512 and SSE4.1 this bf16 network's losses were 6e-5 apart, validations 3e-4, gradient norms 9e-4.
+    check_close(expected("continued", records), records, 3e-3, 0.0, "continued")
     adapter = load_file(folder / "run" / "adapter.safetensors")
     old = load_file(HERE / "made_before" / "run" / "adapter.safetensors")
     assert adapter.keys() == old.keys()
@@ -210,6 +211,7 @@ def test_videos_of_an_adapter_made_before(sampler: str, results: dict[str, Any],
         },
         "prompts": [entry["prompt"] for entry in left["samples.json"]["samples"]],
     }
+    # 2e-5 apart between AVX-512 and SSE4.1; single values may lie near zero.
     check_close(expected(sampler, now), json.loads(json.dumps(now)), 1e-3, 1e-3, sampler)
 
 
@@ -222,4 +224,7 @@ def test_trainings_follow_their_recorded_course(trained: Trained) -> None:
             taken = hashlib.sha256(json.dumps(result["by_rank"]).encode()).hexdigest()
             now[name] = {"metrics": contents.metrics(trained.run_dir(name)), "clips_sha256": taken}
     recorded = expected("trainings", now, "trained.json")
-    check_close(recorded, json.loads(json.dumps(now)), 1e-4, 1e-6, "trained")
+    assert not set(recorded) - set(now), "runs are no longer made; new ones are recorded when the file is written anew"
+    now = json.loads(json.dumps({name: now[name] for name in recorded}))
+    # Between AVX-512 and SSE4.1 losses and validations were 3e-6 apart, gradient norms 3e-5.
+    check_close(recorded, now, 1e-4, 0.0, "trained")
