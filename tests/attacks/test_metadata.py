@@ -182,7 +182,9 @@ PANDA = [
     dropped("NULs in the caption", panda(caption="['a\0b']"), DAMAGED, "1 letters"),
     dropped("not UTF-8", panda(caption="['VALUE']").replace(b"VALUE", b"caf\xe9"), DAMAGED, "1 letters"),
     dropped("a caption of 1 MB", panda(caption=f"['{'word ' * 200_000}']"), CUT, "more than 20,000 letters"),
-    dropped("a quote that the next row closes", b'x__________,u,"[[', ROW, "fields for 5 columns"),
+    dropped("a quote that the next row closes", b'x__________,u,"[[', ROW, "only by one of another row"),
+    dropped("a short row with a line break in quotes", b'x__________,u,"[[\n"', ROW, "is not a list"),
+    dropped("a long row with a line break in quotes", panda() + b',"a\nb",c', ROW, "7 fields for 5 columns"),
     dropped("a field of 17 MB", panda(caption="x" * (MAX_LINE_BYTES + 10**6)), ROW, "a row of more than"),
 ]
 

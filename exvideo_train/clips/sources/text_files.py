@@ -90,10 +90,13 @@ def csv_pieces(path: Path, required: tuple[str, ...]) -> Iterator[RawRows]:
                 piece.dropped.append(Dropped(MALFORMED_ROW, str(error), f"{path}:{lines.first}"))
                 lines.give_back()
                 continue
-            if _has_stray_mark(fields, columns, lines.num_taken):
-                detail = f"{len(fields)} fields for {len(columns)} columns; is a comma or a quote not in quotes?"
+            if len(lines.taken) > 1 and not _is_one_row(lines.taken):
+                detail = "a quote that is not closed, or only by one of another row"
                 piece.dropped.append(Dropped(MALFORMED_ROW, detail, f"{path}:{lines.first}"))
                 lines.give_back()
+            elif len(fields) > len(columns) and any(fields[len(columns) :]):
+                detail = f"{len(fields)} fields for {len(columns)} columns; is a comma not in quotes?"
+                piece.dropped.append(Dropped(MALFORMED_ROW, detail, f"{path}:{lines.first}"))
             elif fields:
                 # A row may be short of columns: what needs one of them says so.
                 piece.rows.append((lines.first, dict(zip(columns, fields, strict=False))))
@@ -105,11 +108,12 @@ def csv_pieces(path: Path, required: tuple[str, ...]) -> Iterator[RawRows]:
             yield RawRows(str(path), piece.rows, binary.tell() - done, piece.dropped)
 
 
-def _has_stray_mark(fields: list[str], columns: list[str], num_lines: int) -> bool:
-    """Whether a row's fields are not what its writer meant: a stray quote makes one row of several."""
-    if num_lines > 1 and len(fields) != len(columns):
-        return True
-    return len(fields) > len(columns) and any(fields[len(columns) :])
+def _is_one_row(lines: list[str]) -> bool:
+    """Whether lines are one row by the letter: a stray quote makes one of several, and is closed before no comma."""
+    try:
+        return len(list(csv.reader(lines, strict=True))) == 1
+    except csv.Error:
+        return False
 
 
 def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
@@ -125,7 +129,8 @@ class _Lines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._returned: deque[str] = deque()
-        self._taken: list[str] = []
+        self.taken: list[str] = []
+        """The row's lines so far."""
         self._taken_size = 0
         self._number = 0
         self.first = 1
@@ -133,20 +138,15 @@ class _Lines:
         self.size = 0
         """Letters read; whoever counts them sets it back."""
 
-    @property
-    def num_taken(self) -> int:
-        """Lines of the row so far."""
-        return len(self._taken)
-
     def begin_row(self) -> None:
         """What is taken from now on belongs to the next row."""
         self.first = self._number + 1
-        self._taken.clear()
+        self.taken.clear()
         self._taken_size = 0
 
     def give_back(self) -> None:
         """Take all of the row's lines but its first for rows to come."""
-        rest = self._taken[1:]
+        rest = self.taken[1:]
         self._returned.extendleft(reversed(rest))
         self._number -= len(rest)
 
@@ -163,14 +163,14 @@ class _Lines:
                 self.size += _skip_line(self._stream, line)
                 line += "\n"
         if not line:
-            if self._taken:
+            if self.taken:
                 raise _BadRow("a quote that is not closed up to the end of the file")
             raise StopIteration
         self._number += 1
-        self._taken.append(line)
+        self.taken.append(line)
         self._taken_size += len(line)
         if self._taken_size > MAX_LINE_BYTES:
             raise _BadRow(_too_long("row"))
-        if len(self._taken) > MAX_ROW_LINES:
+        if len(self.taken) > MAX_ROW_LINES:
             raise _BadRow(f"a quote that is not closed within {MAX_ROW_LINES} lines")
         return line
