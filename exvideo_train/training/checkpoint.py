@@ -22,7 +22,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,9 @@ def _check_state(content: Mapping[str, Any]) -> tuple[TrainingState, dict[str, s
     Raises:
         LookupError, TypeError, ValueError: they have another shape, or the state differs from its checksum.
     """
+    unknown = set(content["state"]) - {field.name for field in fields(TrainingState)}
+    if unknown:
+        raise ValueError(f"{STATE_FILE}: state has a field {min(map(short, unknown))}, which is unknown")
     state = TrainingState(**content["state"])
     kinds = {"config": dict, "clips_sha256": str, "resumed_from": str}
     values: dict[str, Any] = vars(state)

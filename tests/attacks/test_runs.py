@@ -203,6 +203,7 @@ CHECKPOINTS = [
     refused("a version of words", text('{"format_version": "\\u001b[2J"}'), "format_version='\\x1b[2J'"),
     refused("no state", text('{"format_version": 1}'), "state"),
     refused("a field more", of_state(os="rm"), "os"),
+    refused("a field with a name of 9 kB", of_state(**{"x" * 9000: 1}), "state has a field 'xxx", "...", "unknown"),
     refused("a step below 0", of_state(step=-1), "state.step=-1"),
     refused("a step of True", of_state(step=True), "state.step=True"),
     refused("a step of words", of_state(step="1"), "state.step='1'"),
