@@ -18,6 +18,7 @@ from exvideo_train.errors import UserError
 from exvideo_train.files import read_safetensors_header, short
 
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+_LONGEST_FILE_NAME = 255  # of the usual file systems, in bytes
 
 
 def locate_tensors(folder: Path, stem: str) -> dict[str, Path]:
@@ -60,7 +61,7 @@ def _read_index(path: Path) -> dict[str, Path]:
     for name, file in weight_map.items():
         # Of its own folder and not hidden: what the fingerprint of a store covers.
         inside = isinstance(file, str) and file == Path(file).name and not file.startswith(".") and "\0" not in file
-        if not inside or not file.endswith(".safetensors"):
+        if not inside or not file.endswith(".safetensors") or len(file.encode()) > _LONGEST_FILE_NAME:
             raise UserError(
                 f"{path}: {short(name)} is in {short(file)}, which is no .safetensors file beside it; {FETCH}"
             )

@@ -105,7 +105,8 @@ def in_index(file: Any, part: str = T5) -> Edit:
         name, shard = min(content["weight_map"].items())
         content["weight_map"][name] = file
         path.write_text(json.dumps(content))
-        if isinstance(file, str) and file.endswith((".safetensors", ".bin")) and "\0" not in file:
+        is_name = isinstance(file, str) and "\0" not in file and len(file) < 256
+        if is_name and file.endswith((".safetensors", ".bin")):
             target = Path(os.path.normpath(folder / file))
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / shard, target)
@@ -236,6 +237,7 @@ INDEXES = [
     refused("another suffix", (T5, in_index("other.bin")), "'other.bin'"),
     refused("the folder itself", (T5, in_index(".")), "'.'"),
     refused("a NUL", (T5, in_index("a\0.safetensors")), "beside it"),
+    refused("a name too long for a file", (T5, in_index("a" * 500 + ".safetensors")), "aaa...", "beside it"),
     refused("null", (T5, in_index(None)), "None"),
     refused("a list", (T5, in_index(["a.safetensors"])), "a.safetensors"),
     refused("a map of nothing", (T5, write(INDEX[T5], '{"weight_map":{}}')), "weight_map={}"),

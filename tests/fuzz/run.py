@@ -80,7 +80,7 @@ def _line(cells: list[str] | tuple[str, ...]) -> str:
 
 def _write(path: Path, seed: int, tallies: list[Tally], seconds: float) -> None:
     """The results as JSON, and beside it as a table."""
-    machine = {**_machine(), "seed": str(seed), "wall seconds": f"{seconds:.0f}"}
+    machine = {**_machine(), "seed": str(seed), "seconds by the clock": f"{seconds:.0f}"}
     path.write_text(json.dumps({"machine": machine, "targets": [asdict(tally) for tally in tallies]}, indent=2) + "\n")
     lines = [
         *("; ".join(f"{name} {value}" for name, value in machine.items()), "", _HEAD),
@@ -98,7 +98,7 @@ def _machine() -> dict[str, str]:
         **{package: metadata.version(package) for package in ("torch", "safetensors", "transformers", "sentencepiece")},
         "commit": _git("rev-parse", "--short", "HEAD")
         + (" with changes" if _git("status", "--porcelain", "--untracked-files=no") else ""),
-        "command": "make fuzz",
+        "command": f'make fuzz FUZZ="{" ".join(sys.argv[1:])}"',
     }
 
 
