@@ -68,10 +68,10 @@ def bounded_number(name: str, value: object, least: float, most: float) -> float
         ValueError: it is none, or outside; the message has the name and the value.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise ValueError(f"{name}={shown(value)} must be a number")
+        raise ValueError(f"{name[:_SHOWN_LETTERS]}={shown(value)} must be a number")
     # Compared before it is converted: an integer of any length compares, but does not fit a float.
     if not least <= value <= most:
-        raise ValueError(f"{name}={shown(value)} must be a number from {least:g} to {most:g}")
+        raise ValueError(f"{name[:_SHOWN_LETTERS]}={shown(value)} must be a number from {least:g} to {most:g}")
     return float(value)
 
 

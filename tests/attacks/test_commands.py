@@ -68,6 +68,7 @@ LINES = [
     refused("a width of 1e300", line(width=1e300), "line 2", "width=1e+300"),
     refused("a score of 1e308", line(scores={"umt": 1e308}), "line 2", "scores.umt=1e+308"),
     refused("a score of infinity", raw("scores", '{"umt": Infinity}'), "line 2", "scores.umt=inf"),
+    refused("a score with a name of 9 kB", line(scores={"x" * 9000: "a"}), f"scores.{'x' * 73}='a' must be"),
     refused("true for a number", line(fps=True), "line 2", "fps=True"),
     held("half a character in the caption, which is left out", line(caption="cut \ud83d")),
     held("NUL in the caption, which is left out", line(caption="cut\0")),
