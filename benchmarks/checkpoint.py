@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from exvideo_train.adapters.lora import LoraSettings, apply_lora, lora_parameters
-from exvideo_train.adapters.provenance import source_commit
-from exvideo_train.backbones.cogvideox import published
-from exvideo_train.backbones.cogvideox.model import CogVideoXDiT
-from exvideo_train.backbones.cogvideox.weights import config_from_fields
 from exvideo_train.config.experiment import Experiment
+from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters
+from exvideo_train.extensions.provenance import source_commit
+from exvideo_train.models.cogvideox import published
+from exvideo_train.models.cogvideox.network import CogVideoXDiT
+from exvideo_train.models.cogvideox.weights import config_from_fields
 from exvideo_train.parallel.engine import EMA, MOMENTS, TrainingEngine
 from exvideo_train.parallel.mesh import init_mesh
 from exvideo_train.training.checkpoint import CheckpointWriter, TrainingState, load_checkpoint, step_folder

@@ -41,12 +41,12 @@ import torch
 from bare_readers import with_decord, with_pyav, with_torchcodec
 from reader_clips import loop_packets, make_clips
 
-from exvideo_train.backbones.cogvideox import published
-from exvideo_train.backbones.cogvideox.tiny import write_tiny_model
 from exvideo_train.clips.reader import read_frames
 from exvideo_train.clips.record import ClipRecord, make_clip_id, write_manifest
 from exvideo_train.files import atomic_write_json
 from exvideo_train.geometry import Geometry
+from exvideo_train.models.cogvideox import published
+from exvideo_train.models.cogvideox.tiny import write_tiny_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 Script = Callable[[str, float, Geometry], np.ndarray]

@@ -158,7 +158,7 @@ def main() -> None:
 
 
 def run_all(options: argparse.Namespace, folder: Path) -> int:
-    from exvideo_train.backbones.cogvideox.tiny import write_tiny_model
+    from exvideo_train.models.cogvideox.tiny import write_tiny_model
 
     folder.mkdir(parents=True, exist_ok=True)
     write_tiny_model(folder / "model")

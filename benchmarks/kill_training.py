@@ -159,7 +159,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> int:
     from support.ranks import finished
     from support.store import SHORT, clip_ids, write_store
 
-    from exvideo_train.backbones.cogvideox.tiny import write_tiny_model
+    from exvideo_train.models.cogvideox.tiny import write_tiny_model
 
     folder.mkdir(parents=True, exist_ok=True)
     write_store(folder / "latents", write_tiny_model(folder / "model"), {SHORT: clip_ids(14)})

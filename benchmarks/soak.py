@@ -320,7 +320,7 @@ class Soak:
         write_metadata(loop / "metadata.jsonl", LOOP_CLIPS)
         write_metadata(long / "metadata.jsonl", round(LONG_CLIPS_A_MINUTE * self.minutes))
         steps: dict[str, list[str | Path]] = {
-            "model": ["-m", "exvideo_train.backbones.cogvideox.tiny", self.folder / "model"],
+            "model": ["-m", "exvideo_train.models.cogvideox.tiny", self.folder / "model"],
             "first manifest": self.manifest_command(loop),
             "long manifest": self.manifest_command(long),
             "first encoding": self.encode_command(loop),

@@ -8,7 +8,7 @@ Both hold the same random weights (copied, made on the device), the same LoRA, b
 autocast and torch's AdamW, and are checked to give the same loss and the same gradient norm before anything is timed.
 The compared runs take turns within one process; a table of medians goes to OUTPUT.md and all figures to OUTPUT.json
 (benchmarks/results/step, or step_gpu for a GPU).
-What runs out of memory is a row that says OOM. FLOPs are exact (exvideo_train.parallel.cost); TFLOP/s counts what is
+What runs out of memory is a row that says OOM. FLOPs are exact (exvideo_train.planning.cost); TFLOP/s counts what is
 executed, recomputation included, MFU only what any implementation must compute.
 """
 
@@ -31,18 +31,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exvideo_train.adapters.lora import LoraSettings, apply_lora
-from exvideo_train.backbones.registry import FAMILIES
 from exvideo_train.config.experiment import LORA_TARGETS, AttentionKernel, LoraConfig, Recompute
-from exvideo_train.diffusion.objective import v_prediction_loss
 from exvideo_train.errors import UserError
+from exvideo_train.extensions.lora import LoraSettings, apply_lora
 from exvideo_train.files import atomic_write_json, atomic_write_text
 from exvideo_train.geometry import Geometry
+from exvideo_train.models.objective import v_prediction_loss
+from exvideo_train.models.registry import FAMILIES
 from exvideo_train.parallel.activation_checkpointing import block_runner
 from exvideo_train.parallel.attention import choose_attention
-from exvideo_train.parallel.cost import StepFlops, training_flops_per_sample
 from exvideo_train.parallel.hardware import device_peak_flops
-from exvideo_train.parallel.trace import StepMeter
+from exvideo_train.planning.cost import StepFlops, training_flops_per_sample
+from exvideo_train.planning.trace import StepMeter
 
 GIB = 2**30
 DTYPE = torch.bfloat16

@@ -85,7 +85,7 @@ def main() -> None:
     exp = "+exp=demo" if folder == "demo" else f"+exp=demo model.path={at}/model"
     ranks = options.ranks or num_ranks()
     commands = {
-        "a tiny CogVideoX, random weights": f"python -m exvideo_train.backbones.cogvideox.tiny {at}/model",
+        "a tiny CogVideoX, random weights": f"python -m exvideo_train.models.cogvideox.tiny {at}/model",
         "videos and captions -> clips": (
             f"python data_prep/build_manifest.py source=internvid metadata={at}/metadata.jsonl videos={videos} "
             f"manifest={at}/clips.jsonl"

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exvideo_train.adapters.formats import Adapter, read_adapter, read_provenance, write_adapter
-from exvideo_train.adapters.lora import LoraSettings
-from exvideo_train.adapters.provenance import make_provenance
 from exvideo_train.config.commands import Export, Weights
 from exvideo_train.entry import run_command
 from exvideo_train.errors import UserError
+from exvideo_train.extensions.adapter_file import Adapter, read_adapter, read_provenance, write_adapter
+from exvideo_train.extensions.lora import LoraSettings
+from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.files import read_safetensors_header, refuse_inputs
 from exvideo_train.geometry import Geometry
 from exvideo_train.training.checkpoint import (

@@ -13,7 +13,7 @@ from exvideo_train.files import refuse_inputs
 if TYPE_CHECKING:
     import torch
 
-    from exvideo_train.adapters.formats import Adapter
+    from exvideo_train.extensions.adapter_file import Adapter
 
 USAGE = """\
 Make videos from prompts, with an adapter, and from the same noise without it.
@@ -28,7 +28,7 @@ def sample(config: Sample) -> None:
     geometry = config.geometry
     prompts = read_prompts(config)
 
-    from exvideo_train.sampling.denoise import SamplerSettings
+    from exvideo_train.models.cogvideox.sampler import SamplerSettings
 
     settings = SamplerSettings(
         scheduler=config.scheduler.value,
@@ -39,8 +39,8 @@ def sample(config: Sample) -> None:
     )
     device = choose_device(config.device)
 
-    from exvideo_train.adapters.formats import read_adapter
-    from exvideo_train.backbones.hub import resolve_model_path
+    from exvideo_train.extensions.adapter_file import read_adapter
+    from exvideo_train.models.hub import resolve_model_path
     from exvideo_train.sampling.output import SampleWriter, prepare_folder
     from exvideo_train.sampling.pipeline import Sampling, sample_videos
 

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _tiny_model(tmp_path_factory: pytest.TempPathFactory, variant: Literal["5b", "2b"]) -> Path:
-    from exvideo_train.backbones.cogvideox.tiny import write_tiny_model
+    from exvideo_train.models.cogvideox.tiny import write_tiny_model
 
     base = tmp_path_factory.getbasetemp()
     # Under xdist every worker has its own folder inside the run's; the model is written once, by whoever comes first.

@@ -53,8 +53,8 @@ def _verify(config: InspectLatents, store: LatentStore) -> None:
 def _preview(config: InspectLatents, store: LatentStore) -> None:
     import torch
 
-    from exvideo_train.backbones.hub import resolve_model_path
     from exvideo_train.latents import inspection
+    from exvideo_train.models.hub import resolve_model_path
 
     if not config.model_path:
         raise UserError("model_path is not given: preview needs the model that encoded the store")

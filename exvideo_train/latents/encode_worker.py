@@ -64,7 +64,7 @@ class ClipEncoder:
     def __init__(self, settings: EncodeSettings, device: str) -> None:
         import torch
 
-        from exvideo_train.latents.encoders import TextEncoder, VideoEncoder
+        from exvideo_train.models.cogvideox.encoders import TextEncoder, VideoEncoder
 
         if device == "cpu":
             # Threads that wait for each other on cores taken by decoding cost 40 times more than they bring.

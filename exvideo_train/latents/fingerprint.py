@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from exvideo_train.backbones.config_file import MAX_TEXT_LENGTH, check_bounds, read_config
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_json, sha256_file, short
 from exvideo_train.geometry import Geometry
@@ -28,6 +27,7 @@ from exvideo_train.latents.fields import (
     check_fields,
     check_scaling_factor,
 )
+from exvideo_train.models.config_file import MAX_TEXT_LENGTH, check_bounds, read_config
 
 # The folders of the published layout whose files shape what is stored.
 COMPONENTS = ("vae", "text_encoder", "tokenizer")

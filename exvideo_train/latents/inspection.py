@@ -68,8 +68,8 @@ def write_previews(store: LatentStore, model_path: Path, device: str, num_clips:
     Raises:
         UserError: the model is not the one that encoded the store.
     """
-    from exvideo_train.latents.encoders import VideoEncoder
     from exvideo_train.latents.fingerprint import model_fingerprint
+    from exvideo_train.models.cogvideox.encoders import VideoEncoder
 
     pictures = []
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32

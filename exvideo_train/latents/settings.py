@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exvideo_train.backbones.config_file import read_size
-from exvideo_train.backbones.hub import resolve_model_path
 from exvideo_train.config.latents import EncodeLatents
 from exvideo_train.errors import UserError
 from exvideo_train.files import refuse_inputs
@@ -20,6 +18,8 @@ from exvideo_train.latents.fingerprint import (
     read_scaling_factor,
     read_text_length,
 )
+from exvideo_train.models.config_file import read_size
+from exvideo_train.models.hub import resolve_model_path
 
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _HEADER_BYTES = 1024

@@ -27,7 +27,7 @@ def parallelize(backbone: nn.Module, config: Experiment, mesh: Mesh, compute_dty
 
     Args:
         backbone: a network with ``blocks``, ``run_block``, ``own_tokens``, ``join_sequence`` and attention modules
-            with ``attend`` (see :mod:`exvideo_train.backbones.registry`); changed in place.
+            with ``attend`` (see :mod:`exvideo_train.models.registry`); changed in place.
         compute_dtype: what attention is computed in.
 
     Raises:

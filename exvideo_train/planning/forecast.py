@@ -8,26 +8,26 @@ from typing import Any
 
 import torch
 
-from exvideo_train.adapters.lora import LoraSettings
-from exvideo_train.backbones.family import BackboneFamily
-from exvideo_train.backbones.registry import FAMILIES, backbone_config, backbone_family
 from exvideo_train.config.experiment import AttentionKernel, Dtype
 from exvideo_train.config.plan import Interconnect, Plan
 from exvideo_train.errors import UserError
+from exvideo_train.extensions.lora import LoraSettings
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.order import samples_within_budget
+from exvideo_train.models.family import BackboneFamily
+from exvideo_train.models.registry import FAMILIES, backbone_config, backbone_family
 from exvideo_train.parallel.engine import deepspeed_config
 from exvideo_train.parallel.hardware import NETWORKS, Device, device_by_name
-from exvideo_train.parallel.memory import (
+from exvideo_train.parallel.mesh import check_mesh
+from exvideo_train.planning.memory import (
     FP32_BYTES,
     Sharding,
     StepMemory,
     optimizer_memory,
     step_memory,
 )
-from exvideo_train.parallel.mesh import check_mesh
-from exvideo_train.parallel.speed import Links, StepTime, step_time
-from exvideo_train.parallel.trace import StepTrace, TracedKernel, Work, trace_step
+from exvideo_train.planning.speed import Links, StepTime, step_time
+from exvideo_train.planning.trace import StepTrace, TracedKernel, Work, trace_step
+from exvideo_train.training.order import samples_within_budget
 
 GIB = 2**30
 PCIE_BYTES_PER_SECOND = 32e9

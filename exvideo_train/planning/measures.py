@@ -11,12 +11,12 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from exvideo_train.adapters.lora import LoraSettings
 from exvideo_train.config.experiment import Recompute
 from exvideo_train.config.plan import Plan
-from exvideo_train.parallel.memory import FP32_BYTES, Sharding, StepMemory, optimizer_memory, step_memory
-from exvideo_train.parallel.trace import TracedKernel, Work, trace_step
+from exvideo_train.extensions.lora import LoraSettings
 from exvideo_train.planning.forecast import Model, attention_workspace, batch_bytes, parameter_bytes, reduce_bucket
+from exvideo_train.planning.memory import FP32_BYTES, Sharding, StepMemory, optimizer_memory, step_memory
+from exvideo_train.planning.trace import TracedKernel, Work, trace_step
 
 # T5-v1.1-XXL's encoder and CogVideoX's VAE, in parameters; tests count them on the meta device.
 TEXT_ENCODER_PARAMETERS = 4_762_310_656

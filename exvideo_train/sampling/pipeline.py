@@ -18,15 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from exvideo_train.adapters.formats import Adapter
-from exvideo_train.adapters.lora import attach_adapter, lora_disabled
-from exvideo_train.backbones.registry import backbone_config, backbone_family, load_backbone
 from exvideo_train.config.experiment import AttentionKernel
 from exvideo_train.errors import UserError
+from exvideo_train.extensions.adapter_file import Adapter
+from exvideo_train.extensions.lora import attach_adapter, lora_disabled
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.encoders import TextEncoder, VideoEncoder
+from exvideo_train.models.cogvideox.encoders import TextEncoder, VideoEncoder
+from exvideo_train.models.cogvideox.sampler import SamplerSettings, denoise
+from exvideo_train.models.registry import backbone_config, backbone_family, load_backbone
 from exvideo_train.parallel.attention import choose_attention
-from exvideo_train.sampling.denoise import SamplerSettings, denoise
 from exvideo_train.terminal import escaped
 
 WITH_ADAPTER = "with_adapter"

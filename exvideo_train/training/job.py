@@ -18,26 +18,26 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from exvideo_train.adapters.lora import LoraSettings, apply_lora, load_lora_state, lora_parameters
-from exvideo_train.backbones.hub import resolve_model_path
-from exvideo_train.backbones.registry import backbone_config, backbone_family, load_backbone
 from exvideo_train.config.commands import Train
 from exvideo_train.config.experiment import Dtype, Experiment
-from exvideo_train.diffusion.schedule import NoiseSchedule
 from exvideo_train.errors import UserError
+from exvideo_train.extensions.lora import LoraSettings, apply_lora, load_lora_state, lora_parameters
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import UnusableLatent
-from exvideo_train.latents.dataset import LatentDataset, MicroBatchPositions, TrainingBatch, collate
 from exvideo_train.latents.fingerprint import model_fingerprint
-from exvideo_train.latents.order import SampleOrder, samples_within_budget, split_held_out
 from exvideo_train.latents.store import LatentStore
-from exvideo_train.parallel.cost import training_flops_per_sample
+from exvideo_train.models.cogvideox.schedule import NoiseSchedule
+from exvideo_train.models.hub import resolve_model_path
+from exvideo_train.models.registry import backbone_config, backbone_family, load_backbone
 from exvideo_train.parallel.engine import TrainingEngine
 from exvideo_train.parallel.hardware import device_peak_flops
 from exvideo_train.parallel.mesh import Mesh, check_equal_weights
 from exvideo_train.parallel.parallelize import Applied, parallelize
+from exvideo_train.planning.cost import training_flops_per_sample
 from exvideo_train.training.checkpoint import Checkpoint, check_same_run, find_checkpoint
+from exvideo_train.training.dataset import LatentDataset, MicroBatchPositions, TrainingBatch, collate
 from exvideo_train.training.interruption import obey_only_the_parent, stop_signals_held
+from exvideo_train.training.order import SampleOrder, samples_within_budget, split_held_out
 from exvideo_train.training.validation import Validator
 
 Log = Callable[[str], None]

@@ -13,17 +13,16 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from exvideo_train.adapters.formats import write_adapter
-from exvideo_train.adapters.provenance import make_provenance
 from exvideo_train.config.commands import Train
-from exvideo_train.diffusion.objective import add_noise, generator_for, v_prediction_loss, velocity_target
 from exvideo_train.errors import UserError
+from exvideo_train.extensions.adapter_file import write_adapter
+from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.files import atomic_write_text
-from exvideo_train.latents.dataset import TrainingBatch
-from exvideo_train.latents.order import num_video_tokens
 from exvideo_train.locks import hold
+from exvideo_train.models.objective import add_noise, generator_for, v_prediction_loss, velocity_target
 from exvideo_train.parallel.mesh import Mesh, init_mesh
 from exvideo_train.training.checkpoint import CheckpointWriter, TrainingState, set_aside_later_checkpoints
+from exvideo_train.training.dataset import TrainingBatch
 from exvideo_train.training.interruption import RESUME_STATUS, Interruption
 from exvideo_train.training.job import (
     Job,
@@ -36,6 +35,7 @@ from exvideo_train.training.job import (
 from exvideo_train.training.learning_rate import learning_rate
 from exvideo_train.training.loggers import RunLogger, read_metrics
 from exvideo_train.training.meters import StepMeter
+from exvideo_train.training.order import num_video_tokens
 from exvideo_train.training.samples import SampleProcess
 from exvideo_train.training.validation import draw_curves
 from exvideo_train.training.watchdog import Watchdog

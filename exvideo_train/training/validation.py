@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from exvideo_train.diffusion.objective import add_noise, draw, v_prediction_loss, velocity_target
-from exvideo_train.diffusion.schedule import NoiseSchedule
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import UnusableLatent
-from exvideo_train.latents.dataset import posterior_sample
 from exvideo_train.latents.store import LatentStore, StoredClip
+from exvideo_train.models.cogvideox.schedule import NoiseSchedule
+from exvideo_train.models.objective import add_noise, draw, v_prediction_loss, velocity_target
 from exvideo_train.parallel.mesh import Mesh
+from exvideo_train.training.dataset import posterior_sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,12 +13,12 @@ import pytest
 import torch
 from support.attacks import Attack, Ending, attacks, check_ending, held, refused
 
-from exvideo_train.adapters.formats import read_adapter, write_adapter
-from exvideo_train.adapters.lora import LoraSettings, attach_adapter
-from exvideo_train.adapters.provenance import make_provenance
-from exvideo_train.backbones.registry import load_backbone
 from exvideo_train.errors import UserError
+from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
+from exvideo_train.extensions.lora import LoraSettings, attach_adapter
+from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.geometry import Geometry
+from exvideo_train.models.registry import load_backbone
 
 MODULE = "transformer_blocks.0.attn1.to_q"
 A, B = f"transformer.{MODULE}.lora_A.weight", f"transformer.{MODULE}.lora_B.weight"

@@ -19,7 +19,6 @@ from support.attacks import Attack, attacks, check_ending, held, refused
 from support.processes import ended
 
 from exvideo_train import build_manifest, export, filter_clips, locks, plan, sample
-from exvideo_train.adapters.formats import write_adapter
 from exvideo_train.clips.bounds import MAX_DEPTH, MAX_LINE_BYTES
 from exvideo_train.clips.journal import Journal
 from exvideo_train.clips.probing import probe_videos
@@ -29,6 +28,7 @@ from exvideo_train.config.commands import Export, Sample
 from exvideo_train.config.latents import EncodeLatents
 from exvideo_train.config.plan import Plan
 from exvideo_train.entry import compose_config, to_dataclass
+from exvideo_train.extensions.adapter_file import write_adapter
 from exvideo_train.latents.settings import resolve_settings
 
 RECORD = ClipRecord("a" * 32, "folder", "/videos/x.mp4", 0.0, 5.0, "words of a caption")

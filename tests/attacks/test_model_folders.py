@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.attacks import Attack, Ending, attacks, check_ending, held, refused
 
-from exvideo_train.backbones.cogvideox.encoders import load_text_encoder, load_tokenizer, load_vae
-from exvideo_train.backbones.registry import load_backbone
-from exvideo_train.diffusion.schedule import NoiseSchedule
 from exvideo_train.latents.fingerprint import component_digest, read_text_length
-from exvideo_train.sampling.denoise import SamplerSettings, load_scheduler
+from exvideo_train.models.cogvideox.encoder_weights import load_text_encoder, load_tokenizer, load_vae
+from exvideo_train.models.cogvideox.sampler import SamplerSettings, load_scheduler
+from exvideo_train.models.cogvideox.schedule import NoiseSchedule
+from exvideo_train.models.registry import load_backbone
 
 Edit = Callable[[Path], object]
 VOCABULARY = 280

@@ -8,8 +8,8 @@ from support.videos import clip_of, make_video
 from exvideo_train.clips.reader import read_frames
 from exvideo_train.clips.record import write_manifest
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.encoders import VideoEncoder
 from exvideo_train.latents.store import LatentStore
+from exvideo_train.models.cogvideox.encoders import VideoEncoder
 
 GEOMETRY = Geometry(9, 64, 96, 25)
 

@@ -27,11 +27,11 @@ from exvideo_train.latents import encode
 from exvideo_train.latents.__main__ import inspect_latents
 from exvideo_train.latents.encode import encode_latents
 from exvideo_train.latents.encode_worker import Totals
-from exvideo_train.latents.encoders import TextEncoder, VideoEncoder
 from exvideo_train.latents.launch import Launch
 from exvideo_train.latents.report import totals_to_json
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.locks import hold
+from exvideo_train.models.cogvideox.encoders import TextEncoder, VideoEncoder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = "data_prep/encode_latents.py"

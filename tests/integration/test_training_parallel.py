@@ -7,16 +7,16 @@ import torch
 from support.store import SHORT
 from support.trained import STEPS, Trained
 
-from exvideo_train.adapters.lora import LoraSettings, apply_lora, lora_parameters
-from exvideo_train.backbones.registry import load_backbone
 from exvideo_train.config.commands import Train
-from exvideo_train.diffusion.objective import add_noise, velocity_target
-from exvideo_train.diffusion.schedule import NoiseSchedule
 from exvideo_train.entry import compose_config, to_dataclass
-from exvideo_train.latents.dataset import LatentDataset
-from exvideo_train.latents.order import SampleOrder
+from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters
 from exvideo_train.latents.store import LatentStore
+from exvideo_train.models.cogvideox.schedule import NoiseSchedule
+from exvideo_train.models.objective import add_noise, velocity_target
+from exvideo_train.models.registry import load_backbone
+from exvideo_train.training.dataset import LatentDataset
 from exvideo_train.training.learning_rate import learning_rate
+from exvideo_train.training.order import SampleOrder
 
 TOLERANCE = 1e-5
 TWO_RANKS = ["two", "sequence", "zero1", "zero3", "accumulated", "offloaded"]

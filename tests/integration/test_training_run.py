@@ -9,7 +9,7 @@ import torch
 from support.trained import FORMS, NAN_CLIP, SHORT_CLIPS, Trained
 from support.wandb_file import read_history
 
-from exvideo_train.adapters.formats import read_adapter
+from exvideo_train.extensions.adapter_file import read_adapter
 from exvideo_train.training.checkpoint import list_checkpoints, load_checkpoint
 
 # What encodes: the training process needs none of it. (PEFT imports the base classes of transformers.)

@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from support.store import LONG
 from support.trained import Trained
 
-from exvideo_train.backbones.registry import load_backbone
-from exvideo_train.diffusion.objective import draw
-from exvideo_train.diffusion.schedule import NoiseSchedule
-from exvideo_train.latents.order import split_held_out
 from exvideo_train.latents.store import LatentStore
+from exvideo_train.models.cogvideox.schedule import NoiseSchedule
+from exvideo_train.models.objective import draw
+from exvideo_train.models.registry import load_backbone
+from exvideo_train.training.order import split_held_out
 from exvideo_train.training.validation import _VALIDATION_SEED, curves_figure
 
 BASE_LATENT_FRAMES = 13

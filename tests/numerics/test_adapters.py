@@ -8,10 +8,10 @@ from diffusers import CogVideoXPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from exvideo_train.adapters.formats import write_adapter
-from exvideo_train.adapters.lora import LoraSettings, apply_lora, lora_layers, lora_parameters, lora_state
-from exvideo_train.backbones.registry import load_backbone
+from exvideo_train.extensions.adapter_file import write_adapter
+from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_layers, lora_parameters, lora_state
 from exvideo_train.files import read_safetensors_header
+from exvideo_train.models.registry import load_backbone
 
 TARGETS = (
     "attn1.to_q",

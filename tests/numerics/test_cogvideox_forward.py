@@ -12,11 +12,11 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from exvideo_train.backbones.cogvideox import published
-from exvideo_train.backbones.cogvideox.model import CogVideoXDiT
-from exvideo_train.backbones.cogvideox.positions import rotary_tables, sincos_embedding
-from exvideo_train.backbones.cogvideox.tiny import randomize
-from exvideo_train.backbones.cogvideox.weights import config_from_fields
+from exvideo_train.models.cogvideox import published
+from exvideo_train.models.cogvideox.network import CogVideoXDiT
+from exvideo_train.models.cogvideox.positions import rotary_tables, sincos_embedding
+from exvideo_train.models.cogvideox.tiny import randomize
+from exvideo_train.models.cogvideox.weights import config_from_fields
 
 # Small, but with the published proportions: several heads and blocks, text wider than a head, 2x2 patches.
 SMALL: dict[str, Any] = {

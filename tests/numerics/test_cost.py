@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from exvideo_train.adapters.lora import apply_lora
-from exvideo_train.backbones.registry import FAMILIES
 from exvideo_train.config.experiment import LORA_TARGETS, LoraConfig, Recompute
+from exvideo_train.extensions.lora import apply_lora
 from exvideo_train.geometry import Geometry
+from exvideo_train.models.registry import FAMILIES
 from exvideo_train.parallel.activation_checkpointing import block_runner
-from exvideo_train.parallel.cost import lora_settings, training_flops_per_sample
-from exvideo_train.parallel.trace import StepMeter, TracedKernel, Work, trace_blocks, trace_step
+from exvideo_train.planning.cost import lora_settings, training_flops_per_sample
+from exvideo_train.planning.trace import StepMeter, TracedKernel, Work, trace_blocks, trace_step
 
 FAMILY = FAMILIES[0]
 ATEN = torch.ops.aten

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from exvideo_train.errors import UserError
-from exvideo_train.latents.encoders import TextEncoder, VideoEncoder
+from exvideo_train.models.cogvideox.encoders import TextEncoder, VideoEncoder
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    from exvideo_train.backbones.cogvideox.tiny import write_tiny_model
+    from exvideo_train.models.cogvideox.tiny import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny_5b", "5b")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
-from exvideo_train.diffusion.objective import add_noise, v_prediction_loss, velocity_target
-from exvideo_train.diffusion.schedule import NoiseSchedule
+from exvideo_train.models.cogvideox.schedule import NoiseSchedule
+from exvideo_train.models.objective import add_noise, v_prediction_loss, velocity_target
 
 PUBLISHED = {
     "num_train_timesteps": 1000,

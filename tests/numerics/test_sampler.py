@@ -5,11 +5,11 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 
-from exvideo_train.adapters.formats import read_adapter, write_adapter
-from exvideo_train.adapters.lora import LoraSettings, apply_lora, lora_parameters, lora_state
-from exvideo_train.backbones.registry import load_backbone
+from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
+from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters, lora_state
 from exvideo_train.geometry import Geometry
-from exvideo_train.sampling.denoise import SamplerSettings
+from exvideo_train.models.cogvideox.sampler import SamplerSettings
+from exvideo_train.models.registry import load_backbone
 from exvideo_train.sampling.pipeline import WITH_ADAPTER, WITHOUT_ADAPTER, Sampling, sample_videos
 
 PROMPT = "a rabbit wakes"

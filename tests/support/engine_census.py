@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from exvideo_train.adapters.lora import LoraSettings, apply_lora, lora_parameters
-from exvideo_train.backbones.registry import FAMILIES
 from exvideo_train.config.experiment import LORA_TARGETS, Experiment
+from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters
+from exvideo_train.models.registry import FAMILIES
 from exvideo_train.parallel import engine as engine_module
 from exvideo_train.parallel.mesh import init_mesh
-from exvideo_train.parallel.trace import StepMeter
+from exvideo_train.planning.trace import StepMeter
 
 
 def held_bytes() -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from exvideo_train.latents.order import split_held_out
+from exvideo_train.training.order import split_held_out
 from support.ranks import many_runs
 from support.store import BASE, LONG, SHORT, clip_ids, write_store
 

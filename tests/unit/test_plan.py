@@ -19,9 +19,9 @@ from exvideo_train.config.plan import DeviceKind, Network, Plan
 from exvideo_train.entry import compose_config, to_dataclass
 from exvideo_train.errors import UserError
 from exvideo_train.parallel.hardware import DEVICES, NETWORKS, identify_device
-from exvideo_train.parallel.memory import OptimizerMemory, Sharding, optimizer_memory, step_memory
 from exvideo_train.planning.forecast import GIB, Forecast, Model, disk, find_model, forecast
 from exvideo_train.planning.measures import TEXT_ENCODER_PARAMETERS, VAE_PARAMETERS, measures_table
+from exvideo_train.planning.memory import OptimizerMemory, Sharding, optimizer_memory, step_memory
 from exvideo_train.planning.options import ways_to_be_faster, ways_to_fit
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +112,7 @@ def test_encoders_are_as_large_as_the_measures_say() -> None:
     from diffusers import AutoencoderKLCogVideoX
     from transformers import T5Config, T5EncoderModel
 
-    from exvideo_train.backbones.cogvideox.published import VAE_5B
+    from exvideo_train.models.cogvideox.published import VAE_5B
 
     shape = T5Config(
         d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128, feed_forward_proj="gated-gelu"

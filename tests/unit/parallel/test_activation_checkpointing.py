@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from exvideo_train.adapters.lora import LoraSettings, apply_lora, lora_parameters
-from exvideo_train.backbones.registry import load_backbone
 from exvideo_train.config.experiment import LORA_TARGETS, Experiment, Recompute
+from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters
+from exvideo_train.models.registry import load_backbone
 from exvideo_train.parallel.activation_checkpointing import attention_ops
 from exvideo_train.parallel.mesh import Mesh
 from exvideo_train.parallel.parallelize import parallelize

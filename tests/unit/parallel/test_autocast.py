@@ -15,8 +15,8 @@ import torch
 ask = torch.is_autocast_enabled
 torch.is_autocast_enabled = lambda *device: ask(*device) if device else ask("cpu")
 
-from exvideo_train.adapters.lora import LoraSettings, apply_lora, lora_parameters
-from exvideo_train.backbones.registry import load_backbone
+from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters
+from exvideo_train.models.registry import load_backbone
 from exvideo_train.config.experiment import Experiment
 from exvideo_train.parallel.engine import TrainingEngine
 from exvideo_train.parallel.mesh import init_mesh

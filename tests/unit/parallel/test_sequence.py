@@ -12,10 +12,10 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
-from exvideo_train.adapters.lora import LoraSettings, apply_lora, lora_parameters
-from exvideo_train.backbones.registry import load_backbone
 from exvideo_train.config.experiment import LORA_TARGETS, Experiment
 from exvideo_train.errors import UserError
+from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters
+from exvideo_train.models.registry import load_backbone
 from exvideo_train.parallel.mesh import Mesh, check_mesh, init_mesh
 from exvideo_train.parallel.parallelize import parallelize
 from exvideo_train.parallel.sequence import slice_sizes

@@ -3,7 +3,7 @@
 import torch
 
 from exvideo_train.geometry import Geometry
-from exvideo_train.sampling.denoise import SamplerSettings
+from exvideo_train.models.cogvideox.sampler import SamplerSettings
 from exvideo_train.sampling.pipeline import Sampling, _encode_prompts
 
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from exvideo_train.adapters.formats import write_adapter
-from exvideo_train.adapters.lora import LoraSettings, apply_lora, lora_parameters, lora_state
-from exvideo_train.adapters.provenance import make_provenance
-from exvideo_train.backbones.registry import load_backbone
 from exvideo_train.config.commands import Sample
 from exvideo_train.entry import compose_config, quote_overrides, to_dataclass
 from exvideo_train.errors import UserError
+from exvideo_train.extensions.adapter_file import write_adapter
+from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters, lora_state
+from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.geometry import Geometry
+from exvideo_train.models.registry import load_backbone
 from exvideo_train.sample import choose_device, read_prompts, sample
 from exvideo_train.sampling.pipeline import find_fault
 

@@ -1,0 +1,230 @@
+"""What is trained: LoRA updates on Linears of a frozen backbone.
+
+Tensors are named as modules are in the published checkpoint, ``transformer_blocks.0.attn1.to_q.lora_A.weight``;
+PEFT's own names (``base_layer``, adapter names) stay inside this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from exvideo_train.errors import UserError
+from exvideo_train.extensions.adapter_file import Adapter
+from exvideo_train.extensions.peft_config import check_alpha
+from exvideo_train.models.objective import generator_for
+
+# PEFT's name for the one adapter that a model carries here.
+ADAPTER = "default"
+# What wrappers put into parameter names.
+WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Size and place of the updates.
+
+    Args:
+        rank: columns of A and rows of B.
+        alpha: the update is ``alpha / rank * B @ A``.
+        target_modules: names of Linears, or suffixes of names at a dot: ``attn1.to_q`` is that Linear in every block.
+        dropout: probability at which inputs of A are dropped while training.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank <= 0:
+            raise UserError(f"lora.rank={self.rank}: must be positive; 64 is the default of exp=129f")
+        check_alpha(self.alpha, "lora.alpha")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout={self.dropout}: must be at least 0 and below 1")
+        if not self.target_modules:
+            raise UserError("lora.targets=[]: nothing would be trained; name at least one Linear, e.g. attn1.to_q")
+
+
+def apply_lora(backbone: nn.Module, settings: LoraSettings, seed: int) -> nn.Module:
+    """Freeze ``backbone`` and put trainable float32 updates on its target Linears, in place.
+
+    The class, the attributes and the hooks of the backbone stay. A is uniform in +-1/sqrt(in_features), a function
+    of ``seed`` and the module's name alone, hence equal on all ranks; B is zero, so the output does not change yet.
+    Inputs are not cast to float32 (550 MB for each Linear at 129 frames of 480x720): outside of autocast a backbone
+    in half precision needs :func:`cast_lora`.
+
+    Returns:
+        ``backbone`` itself.
+
+    Raises:
+        UserError: a target matches no Linear; the message names the nearest ones.
+    """
+    _check_targets(backbone, settings.target_modules)
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it as a number, an int is not needed
+        target_modules=list(settings.target_modules),
+        lora_dropout=settings.dropout,
+        bias="none",
+    )
+    # On the meta device first: PEFT would draw from the global generator, in the backbone's dtype.
+    peft.inject_adapter_in_model(config, backbone, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    backbone.requires_grad_(False)
+    for name, layer in lora_layers(backbone).items():
+        _initialise(name, layer, seed)
+        layer.cast_input_dtype_enabled = False
+    return backbone
+
+
+def _initialise(name: str, layer: LoraLayer, seed: int) -> None:
+    base = cast(nn.Linear, layer.get_base_layer())
+    shape_a, shape_b = (layer.r[ADAPTER], base.in_features), (base.out_features, layer.r[ADAPTER])
+    weight_a = torch.empty(shape_a, device=base.weight.device, dtype=torch.float32)
+    if not weight_a.is_meta:
+        bound = 1.0 / math.sqrt(base.in_features)
+        # Drawn on the CPU, so that every device gets the same numbers.
+        generator = generator_for(seed, f"lora/{name}", 0)
+        weight_a.copy_(
+            torch.empty(shape_a, device="cpu", dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        )
+    layer.lora_A[ADAPTER].weight = nn.Parameter(weight_a)
+    layer.lora_B[ADAPTER].weight = nn.Parameter(torch.zeros(shape_b, device=base.weight.device, dtype=torch.float32))
+
+
+def _check_targets(backbone: nn.Module, targets: tuple[str, ...]) -> None:
+    names = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if any(name == target or name.endswith(f".{target}") for name in names):
+            continue
+        suffixes = dict.fromkeys(_without_block_number(name) for name in names)
+        near = difflib.get_close_matches(target, suffixes, n=4, cutoff=0.3) or list(suffixes)
+        raise UserError(
+            f"lora.targets: {target!r} matches no Linear of {type(backbone).__name__}; nearest: {', '.join(near)}"
+        )
+
+
+def _without_block_number(name: str) -> str:
+    """``transformer_blocks.7.attn1.to_q`` -> ``attn1.to_q``; names outside of blocks stay."""
+    head, _, rest = name.partition(".")
+    number, _, suffix = rest.partition(".")
+    return suffix if head and number.isdigit() and suffix else name
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted Linears by published module name, in the model's order."""
+    return {_published(name): module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _published(name: str) -> str:
+    for wrapper in WRAPPER_NAMES:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters by published name, in the model's order."""
+    return {
+        f"{name}.{half}.weight": getattr(layer, half)[ADAPTER].weight
+        for name, layer in lora_layers(model).items()
+        for half in ("lora_A", "lora_B")
+    }
+
+
+def lora_state(model: nn.Module) -> dict[str, Tensor]:
+    """The trained parameters by published name, detached; they share memory with the model."""
+    return {name: parameter.detach() for name, parameter in lora_parameters(model).items()}
+
+
+def load_lora_state(model: nn.Module, tensors: Mapping[str, Tensor], source: str = "adapter") -> None:
+    """Copy tensors with published names into the model's updates.
+
+    Args:
+        source: file or checkpoint that the tensors come from, for the message.
+
+    Raises:
+        UserError: names or shapes do not fit the model; nothing has been copied then.
+    """
+    parameters = lora_parameters(model)
+    missing, unknown = parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys()
+    if missing or unknown:
+        raise UserError(
+            f"{source} does not fit the model: {len(missing)} tensors missing{_example(missing)}, {len(unknown)} "
+            f"unknown{_example(unknown)}; use the model and the lora.targets that it was trained with"
+        )
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise UserError(
+                f"{source} does not fit the model: {name} is {tuple(tensors[name].shape)}, the model needs "
+                f"{tuple(parameter.shape)}; use the model and the lora.rank that it was trained with"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _example(names: set[str]) -> str:
+    return f" ({min(names)})" if names else ""
+
+
+def cast_lora(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the updates, for sampling without autocast. Never used in training: there they are float32."""
+    for layer in lora_layers(model).values():
+        layer.lora_A[ADAPTER].to(dtype)
+        layer.lora_B[ADAPTER].to(dtype)
+
+
+def set_lora_scale(model: nn.Module, scale: float) -> None:
+    """Multiply every update's ``alpha / rank`` by ``scale``."""
+    for layer in lora_layers(model).values():
+        layer.set_scale(ADAPTER, scale)
+
+
+@contextlib.contextmanager
+def lora_disabled(model: nn.Module) -> Iterator[None]:
+    """Within the context the model computes as without its updates."""
+    layers = list(lora_layers(model).values())
+    # PEFT's enable_adapters would toggle requires_grad too, which the training engine's gradient hooks hang on.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def attach_adapter(backbone: nn.Module, adapter: Adapter, dtype: torch.dtype, scale: float, source: str) -> nn.Module:
+    """Put a finished adapter on a backbone for sampling, in the backbone's dtype, unmerged and not trainable.
+
+    Args:
+        scale: strength; 1 is as trained.
+        source: the adapter's file, for the message.
+
+    Raises:
+        UserError: the adapter is of another model.
+    """
+    modules = tuple(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in adapter.tensors))
+    linears = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+    if unknown := sorted(set(modules) - linears):
+        raise UserError(
+            f"adapter={source} does not fit the model: it updates {unknown[0]} (and {len(unknown) - 1} more) that "
+            f"{type(backbone).__name__} has not; its base model is {adapter.provenance.get('base_model', 'not stated')}"
+        )
+    apply_lora(backbone, LoraSettings(adapter.rank, adapter.alpha, modules), seed=0)
+    load_lora_state(backbone, adapter.tensors, f"adapter={source}")
+    cast_lora(backbone, dtype)
+    set_lora_scale(backbone, scale)
+    return backbone.requires_grad_(False)

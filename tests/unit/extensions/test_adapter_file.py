@@ -1,0 +1,190 @@
+"""Adapter files: names, headers, round trips, refusal."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from exvideo_train.errors import UserError
+from exvideo_train.extensions.adapter_file import FORMATS, read_adapter, write_adapter
+from exvideo_train.extensions.provenance import make_provenance, source_commit
+from exvideo_train.files import read_safetensors_header
+from exvideo_train.geometry import Geometry
+
+TARGETS = (
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "norm1.linear",
+    "norm2.linear",
+)
+PROVENANCE = make_provenance("zai-org/CogVideoX-5b", Geometry(129, 480, 720, 8), steps=4000, weights="raw")
+
+
+def make_tensors(num_blocks=2, rank=3):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"transformer_blocks.{block}.{target}.{half}.weight": torch.randn(shape, generator=generator)
+        for block in range(num_blocks)
+        for target in TARGETS
+        for half, shape in (("lora_A", (rank, 8)), ("lora_B", (6, rank)))
+    }
+
+
+def deltas(tensors, scale):
+    modules = {name.rsplit(".lora_", 1)[0] for name in tensors}
+    return {m: scale * tensors[f"{m}.lora_B.weight"] @ tensors[f"{m}.lora_A.weight"] for m in modules}
+
+
+def header(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("alpha", [3.0, 5.0])
+def test_round_trip_keeps_the_update(tmp_path, format, alpha):
+    tensors, path = make_tensors(), tmp_path / "a.safetensors"
+    write_adapter(path, format, tensors, 3, alpha, TARGETS, PROVENANCE)
+    adapter = read_adapter(path)
+    assert adapter.tensors.keys() == tensors.keys()
+    assert adapter.rank == 3
+    assert adapter.alpha == (alpha if format == "diffusers" else 3.0)
+    expected = deltas(tensors, alpha / 3)
+    for module, delta in deltas(adapter.tensors, adapter.alpha / adapter.rank).items():
+        torch.testing.assert_close(delta, expected[module], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_provenance_survives(tmp_path, format):
+    path = tmp_path / "a.safetensors"
+    write_adapter(path, format, make_tensors(), 3, 5.0, TARGETS, PROVENANCE)
+    read = read_adapter(path).provenance
+    assert read == {**PROVENANCE, "rank": 3, "alpha": 5.0, "adapter_format": format}
+    assert read["base_model"] == "zai-org/CogVideoX-5b"
+    assert (read["num_frames"], read["steps"]) == (129, 4000)
+    assert all(isinstance(value, str) for value in header(path).values())
+
+
+def test_the_commit_is_a_commit_of_this_checkout_or_unknown():
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|unknown", source_commit())
+
+
+def test_equal_content_is_equal_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_adapter(tmp_path / f"{name}.safetensors", "diffusers", make_tensors(), 3, 5.0, TARGETS, PROVENANCE)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_comfyui_keys_begin_with_transformer_and_nothing_states_alpha_twice(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_adapter(path, "comfyui", make_tensors(), 3, 5.0, TARGETS, PROVENANCE)
+    assert all(key.startswith("transformer.") for key in load_file(path))
+    assert "lora_adapter_metadata" not in header(path)
+
+
+def test_every_diffsynth_key_of_a_full_adapter_is_a_name_of_its_network(tmp_path):
+    # DiffSynth-Studio 1.1.9, models/cog_dit.py and attention.py: the Linears of one CogDiTBlock.
+    linears = [
+        "norm1.linear",
+        "norm2.linear",
+        "attn1.to_q",
+        "attn1.to_k",
+        "attn1.to_v",
+        "attn1.to_out",
+        "ff.0",
+        "ff.2",
+    ]
+    path = tmp_path / "a.safetensors"
+    write_adapter(path, "diffsynth", make_tensors(num_blocks=42, rank=1), 1, 1.0, TARGETS, PROVENANCE)
+    expected = {
+        f"blocks.{block}.{linear}.{half}.default.weight"
+        for block in range(42)
+        for linear in linears
+        for half in ("lora_A", "lora_B")
+    }
+    assert load_file(path).keys() == expected
+
+
+@pytest.mark.parametrize("suffix", ["", ".default"])
+@pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model.", "base_model.model."])
+def test_reads_files_of_other_programs(tmp_path, prefix, suffix):
+    path = tmp_path / "a.safetensors"
+    renamed = {f"{prefix}{name.removesuffix('.weight')}{suffix}.weight": t for name, t in make_tensors().items()}
+    save_file({name: tensor.bfloat16() for name, tensor in renamed.items()}, path)
+    adapter = read_adapter(path)
+    assert adapter.tensors.keys() == make_tensors().keys()
+    assert (adapter.rank, adapter.alpha, adapter.provenance) == (3, 3.0, {})
+    assert {tensor.dtype for tensor in adapter.tensors.values()} == {torch.float32}
+
+
+def test_other_linears_have_diffsynth_names_too(tmp_path):
+    modules = ["patch_embed.text_proj", "time_embedding.linear_1", "time_embedding.linear_2", "norm_out.linear"]
+    tensors = {}
+    for module in [*modules, "proj_out"]:
+        tensors |= {f"{module}.lora_A.weight": torch.ones(2, 4), f"{module}.lora_B.weight": torch.ones(4, 2)}
+    write_adapter(tmp_path / "a.safetensors", "diffsynth", tensors, 2, 2.0, modules, {})
+    assert "time_embedder.timestep_embedder.2.lora_B.default.weight" in load_file(tmp_path / "a.safetensors")
+    assert read_adapter(tmp_path / "a.safetensors").tensors.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "kohya"}, "format=kohya"),
+        ({"path": "a.pt"}, "safetensors"),
+        ({"tensors": {}}, "empty"),
+        ({"rank": 4}, "rank 4"),
+        ({"tensors": {"x.lora_A.weight": torch.ones(3, 2)}}, r"x\.lora_B\.weight is missing"),
+        ({"tensors": {"x.weight": torch.ones(3, 2)}}, r"x\.weight is no LoRA"),
+        (
+            {"tensors": {"x.lora_A.weight": torch.ones(3, 2), "x.lora_B.weight": torch.full((2, 3), torch.nan)}},
+            "not finite",
+        ),
+        (
+            {
+                "tensors": {"x.lora_A.weight": torch.ones(3, 2), "x.lora_B.weight": torch.ones(2, 3)},
+                "format": "diffsynth",
+            },
+            "no name for x",
+        ),
+    ],
+)
+def test_refuses_to_write(tmp_path, change, message):
+    arguments = {"path": "a.safetensors", "format": "diffusers", "tensors": make_tensors(), "rank": 3} | change
+    with pytest.raises(UserError, match=message):
+        write_adapter(tmp_path / arguments.pop("path"), **arguments, alpha=3.0, targets=TARGETS, provenance={})
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_to_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(UserError, match="does not exist"):
+        read_adapter(path)
+    write_adapter(path, "diffusers", make_tensors(), 3, 5.0, TARGETS, PROVENANCE)
+    content = path.read_bytes()
+    path.write_bytes(content[:-10])
+    with pytest.raises(UserError, match="truncated"):
+        read_adapter(path)
+    save_file({"weight": torch.ones(2)}, path)
+    with pytest.raises(UserError, match="no LoRA tensor"):
+        read_adapter(path)
+    for name, value in {"rank_pattern": {"x": 2}, "use_dora": True, "r": 8}.items():
+        save_file(make_tensors(), path, {"lora_adapter_metadata": json.dumps({f"transformer.{name}": value})})
+        with pytest.raises(UserError, match="header"):
+            read_adapter(path)
+    save_file(make_tensors(), path, {"lora_adapter_metadata": "{"})
+    with pytest.raises(UserError, match="not JSON"):
+        read_adapter(path)
+
+
+def test_the_header_is_read_without_the_tensors(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_adapter(path, "diffusers", make_tensors(), 3, 5.0, TARGETS, PROVENANCE)
+    assert json.loads(read_safetensors_header(path)["__metadata__"]["exvideo_train"])["steps"] == 4000

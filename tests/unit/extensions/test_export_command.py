@@ -1,0 +1,143 @@
+"""``python -m exvideo_train.export``: which adapter of a run is taken, and in which format."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from exvideo_train.config.commands import Export, Train, Weights
+from exvideo_train.errors import UserError
+from exvideo_train.export import export, find_adapter
+from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
+from exvideo_train.extensions.provenance import make_provenance
+from exvideo_train.geometry import Geometry
+from exvideo_train.training.checkpoint import TrainingState, step_folder, write_checkpoint
+
+NAME = "transformer_blocks.0.attn1.to_q"
+TARGETS = ["attn1.to_q"]
+
+
+def tensors_of(value):
+    return {f"{NAME}.lora_A.weight": torch.full((2, 4), value), f"{NAME}.lora_B.weight": torch.ones(4, 2)}
+
+
+def value_of(adapter):
+    return adapter.tensors[f"{NAME}.lora_A.weight"][0, 0].item()
+
+
+def write_final(run_dir, step, value, name="adapter.safetensors"):
+    provenance = make_provenance("base/model", Geometry(129, 64, 96, 8), steps=step)
+    write_adapter(run_dir / name, "diffusers", tensors_of(value), 2, 3.0, TARGETS, provenance)
+
+
+def write_step(run_dir, step, value, ema=None):
+    config = OmegaConf.to_container(OmegaConf.structured(Train(latents="l", run_dir="r")), enum_to_str=True)
+    config["lora"] |= {"rank": 2, "alpha": 3.0, "targets": TARGETS}
+    files = {"lora": tensors_of(value)} | ({} if ema is None else {"ema": tensors_of(ema)})
+    write_checkpoint(step_folder(run_dir, step), TrainingState(step, step, step, 0, config), files)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+def test_the_finished_run_before_its_checkpoints(run_dir):
+    write_step(run_dir, 10, 1.0)
+    write_final(run_dir, 10, 2.0)
+    adapter, source = find_adapter(run_dir, Weights.raw, None)
+    assert (value_of(adapter), source.name) == (2.0, "adapter.safetensors")
+
+
+def test_a_run_that_went_on_before_its_old_adapter(run_dir):
+    write_final(run_dir, 10, 2.0)
+    write_step(run_dir, 15, 3.0)
+    adapter, source = find_adapter(run_dir, Weights.raw, None)
+    assert (value_of(adapter), source.name) == (3.0, "step_00000015")
+    assert adapter.alpha == 3.0
+    assert adapter.provenance["steps"] == 15
+    assert adapter.provenance["num_frames"] == 129
+
+
+def test_a_named_step(run_dir):
+    write_step(run_dir, 5, 1.0)
+    write_step(run_dir, 10, 2.0)
+    write_final(run_dir, 12, 3.0)
+    assert value_of(find_adapter(run_dir, Weights.raw, 5)[0]) == 1.0
+    assert value_of(find_adapter(run_dir, Weights.raw, 12)[0]) == 3.0
+    with pytest.raises(UserError, match=r"step=7: .* 5, 10, 12"):
+        find_adapter(run_dir, Weights.raw, 7)
+
+
+def test_moving_average(run_dir):
+    write_step(run_dir, 5, 1.0, ema=4.0)
+    adapter, _ = find_adapter(run_dir, Weights.ema, None)
+    assert value_of(adapter) == 4.0
+    assert adapter.provenance["weights"] == "ema"
+    write_final(run_dir, 5, 5.0, "adapter_ema.safetensors")
+    assert value_of(find_adapter(run_dir, Weights.ema, None)[0]) == 5.0
+    write_step(run_dir, 6, 1.0)
+    with pytest.raises(UserError, match="ema"):
+        find_adapter(run_dir, Weights.ema, None)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(run_dir, capsys):
+    write_step(run_dir, 5, 1.0)
+    write_step(run_dir, 10, 2.0)
+    (step_folder(run_dir, 10) / "lora.safetensors").write_bytes(b"x")
+    assert value_of(find_adapter(run_dir, Weights.raw, None)[0]) == 1.0
+    assert "step_00000010" in capsys.readouterr().out
+
+
+def test_nothing_to_export(run_dir, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        find_adapter(run_dir, Weights.raw, None)
+    with pytest.raises(UserError, match=r"run_dir=.*nowhere"):
+        find_adapter(tmp_path / "nowhere", Weights.raw, None)
+
+
+@pytest.mark.parametrize("format", ["diffusers", "diffsynth"])
+def test_formats_as_a_command(run_dir, tmp_path, run_command, format):
+    write_final(run_dir, 10, 2.0)
+    target = tmp_path / "out" / "a.safetensors"
+    result = run_command(["-m", "exvideo_train.export", f"run_dir={run_dir}", f"format={format}", f"adapter={target}"])
+    assert str(target) in result.stdout
+    adapter = read_adapter(target)
+    assert adapter.provenance["adapter_format"] == format
+    assert (adapter.provenance["alpha"], adapter.provenance["steps"]) == (3.0, 10)
+    up = load_file(target)[
+        "blocks.0.attn1.to_q.lora_B.default.weight" if format == "diffsynth" else f"transformer.{NAME}.lora_B.weight"
+    ]
+    assert up[0, 0] == (1.0 if format == "diffusers" else 1.5)
+
+
+def test_exporting_twice_is_equal_bytes(run_dir, tmp_path):
+    write_step(run_dir, 10, 2.0)
+    config = Export(run_dir=str(run_dir), adapter=str(tmp_path / "a.safetensors"))
+    export(config)
+    export(dataclasses.replace(config, adapter=str(tmp_path / "b.safetensors")))
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("format=kohya", "format=kohya"), ("adapter=a.pt", ".safetensors"), ("weights=both", "weights=both")],
+)
+def test_mistakes_end_in_one_line(run_dir, run_command, argument, message):
+    write_final(run_dir, 10, 2.0)
+    command = ["-m", "exvideo_train.export", f"run_dir={run_dir}", "adapter=a.safetensors"]
+    result = run_command(
+        [word for word in command if word.split("=")[0] != argument.split("=")[0]] + [argument], status=2
+    )
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_provenance_is_readable_json(run_dir):
+    write_step(run_dir, 10, 2.0)
+    assert json.loads(json.dumps(find_adapter(run_dir, Weights.raw, None)[0].provenance))["base_model"]

@@ -1,0 +1,3 @@
+from tests.unit.latents.conftest import store
+
+__all__ = ["store"]
