@@ -36,7 +36,7 @@ from exvideo_train.errors import UserError
 from exvideo_train.extensions.lora import LoraSettings, apply_lora
 from exvideo_train.files import atomic_write_json, atomic_write_text
 from exvideo_train.geometry import Geometry
-from exvideo_train.models.objective import v_prediction_loss
+from exvideo_train.models.noise_levels import squared_error
 from exvideo_train.models.registry import FAMILIES
 from exvideo_train.parallel.activation_checkpointing import block_runner
 from exvideo_train.parallel.attention import choose_attention
@@ -111,7 +111,7 @@ class Contestant:
     def step(self, batch: Batch) -> float:
         """One whole training step; returns the loss, which waits for the device."""
         with torch.autocast(self.device.type, dtype=DTYPE):
-            loss = v_prediction_loss(self.predict(batch), batch.target_BTCHW).mean
+            loss = squared_error(self.predict(batch), batch.target_BTCHW).mean
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -120,7 +120,7 @@ class Contestant:
     def gradient_norm(self, batch: Batch) -> tuple[float, float]:
         """(loss, norm of all gradients) without an update."""
         with torch.autocast(self.device.type, dtype=DTYPE):
-            loss = v_prediction_loss(self.predict(batch), batch.target_BTCHW).mean
+            loss = squared_error(self.predict(batch), batch.target_BTCHW).mean
         loss.backward()
         norm = torch.stack([p.grad.norm() for p in self.trained if p.grad is not None]).norm()
         self.optimizer.zero_grad(set_to_none=True)
@@ -150,7 +150,7 @@ def make_ours(config: Any, rank: int, device: torch.device) -> Contestant:
         model = FAMILIES[0].build(config)
     apply_lora(model, LoraSettings(rank, float(rank), tuple(LORA_TARGETS)), seed=0)
     model.train()
-    return Contestant(model, lambda batch: model(batch.noisy_BTCHW, batch.text_BLC, batch.timesteps_B), device)
+    return Contestant(model, lambda batch: model(batch.noisy_BTCHW, batch.timesteps_B, batch.text_BLC), device)
 
 
 def make_theirs(config: Any, rank: int, device: torch.device, ours: nn.Module) -> Contestant:

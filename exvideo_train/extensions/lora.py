@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import Adapter
 from exvideo_train.extensions.peft_config import check_alpha
-from exvideo_train.models.objective import generator_for
+from exvideo_train.randomness import generator_for
 
 # PEFT's name for the one adapter that a model carries here.
 ADAPTER = "default"

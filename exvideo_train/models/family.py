@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from exvideo_train.geometry import Geometry
+from exvideo_train.models.noise_levels import NoiseLevels
 
 Config = TypeVar("Config")
 
@@ -29,7 +30,7 @@ class BackboneFamily(Generic[Config]):
     """Folder of the network inside a published model."""
     model_class: type[nn.Module]
     """Its instances have ``config``, ``blocks`` (an ``nn.ModuleList``), ``run_block`` and a forward
-    ``(latents_BTCHW, text_BLC, timesteps_B) -> velocity_BTCHW``."""
+    ``(latents_BTCHW, told_B, **conditions) -> prediction_BTCHW``."""
     block_class: type[nn.Module]
     build: Callable[[Config], nn.Module]
     """The network with fresh parameters, on the device that is current (the meta device for a plan)."""
@@ -41,6 +42,8 @@ class BackboneFamily(Generic[Config]):
     """Of a hub id whose config is known without a download, else None."""
     default_lora_targets: tuple[str, ...]
     """Names of the Linears inside a block."""
+    noise_levels: Callable[[Path], NoiseLevels]
+    """Of a published model folder."""
     text_length: Callable[[Config], int]
     """Tokens that every prompt is padded to."""
     sample_channels: Callable[[Config], tuple[int, int]]

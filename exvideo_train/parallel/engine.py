@@ -102,8 +102,8 @@ class TrainingEngine:
         module: nn.Module = self.engine.module
         return module
 
-    def __call__(self, *args: Tensor) -> Tensor:
-        output: Tensor = self.engine(*args)
+    def __call__(self, *args: Tensor, **conditions: Tensor) -> Tensor:
+        output: Tensor = self.engine(*args, **conditions)
         return output
 
     def backward(self, loss: Tensor) -> None:

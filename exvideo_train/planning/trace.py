@@ -31,7 +31,7 @@ from exvideo_train.config.experiment import Recompute
 from exvideo_train.extensions.lora import LoraSettings, apply_lora
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.family import BackboneFamily
-from exvideo_train.models.objective import v_prediction_loss
+from exvideo_train.models.noise_levels import squared_error
 from exvideo_train.parallel.activation_checkpointing import block_runner
 from exvideo_train.parallel.sequence import Attend, SequenceSplit
 
@@ -198,8 +198,8 @@ def _run(model: nn.Module, work: Work) -> StepTrace:
         text_BLC = torch.empty(work.batch_size, family.text_length(work.config), work.config.text_embed_dim)
         timesteps_B = torch.zeros(work.batch_size, dtype=torch.int64)
         with autocast:
-            prediction_BTCHW = model(noisy_BTCHW, text_BLC, timesteps_B)
-            loss = v_prediction_loss(prediction_BTCHW, target_BTCHW).mean
+            prediction_BTCHW = model(noisy_BTCHW, timesteps_B, text_BLC)
+            loss = squared_error(prediction_BTCHW, target_BTCHW).mean
         del prediction_BTCHW
         forward_flops, forward_peak_bytes, kept_bytes = meter.flops, meter.peak_bytes, meter.live_bytes
         meter.peak_bytes = kept_bytes

@@ -18,8 +18,8 @@ from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import UnusableLatent
 from exvideo_train.latents.store import LatentStore, StoredClip
-from exvideo_train.models.objective import draw
 from exvideo_train.terminal import escaped
+from exvideo_train.training.draws import draw
 from exvideo_train.training.order import SampleOrder
 
 _log = logging.getLogger(__name__)
@@ -33,18 +33,19 @@ class TrainingSample(NamedTuple):
 
     Attributes:
         latents_TCHW: float32, drawn from the posterior and scaled, in the DiT's axis order.
-        text_LC: the caption's embedding, or the empty prompt's.
+        conditions: the network's other inputs by their names there, without the batch axis; of the empty condition when
+            it is dropped.
         noise_TCHW: float32 diffusion noise.
-        timestep: 0 <= timestep < num_train_timesteps.
+        row: of the model's noise levels.
         clip_id: of the clip that was used.
         position: global position of the sample in the run.
         replaced: ids of corrupt clips whose place this clip takes.
     """
 
     latents_TCHW: Tensor
-    text_LC: Tensor
+    conditions: dict[str, Tensor]
     noise_TCHW: Tensor
-    timestep: int
+    row: int
     clip_id: str
     position: int
     replaced: tuple[str, ...] = ()
@@ -54,9 +55,9 @@ class TrainingBatch(NamedTuple):
     """Samples of one geometry, stacked."""
 
     latents_BTCHW: Tensor
-    text_BLC: Tensor
+    conditions: dict[str, Tensor]
     noise_BTCHW: Tensor
-    timesteps_B: Tensor
+    rows_B: Tensor
     clip_ids: tuple[str, ...]
     positions: tuple[int, ...]
     replaced: tuple[str, ...]
@@ -85,8 +86,8 @@ class LatentDataset(Dataset[TrainingSample]):
         store: the latent store.
         buckets: a geometry and its clip ids each, in the order that ``order`` numbers them.
         order: which clip stands where.
-        seed: of the run, for noise, timestep and caption dropout.
-        num_train_timesteps: of the model's schedule.
+        seed: of the run, for noise, noise level and caption dropout.
+        num_levels: rows of the model's noise levels.
         caption_dropout: share of samples that get the empty prompt.
         max_corrupt_clips: different corrupt clips that are replaced, in this process, before reading stops.
     """
@@ -98,7 +99,7 @@ class LatentDataset(Dataset[TrainingSample]):
         order: SampleOrder,
         *,
         seed: int,
-        num_train_timesteps: int,
+        num_levels: int,
         caption_dropout: float,
         max_corrupt_clips: int = 100,
     ) -> None:
@@ -107,7 +108,7 @@ class LatentDataset(Dataset[TrainingSample]):
         self.buckets = [(geometry, list(ids)) for geometry, ids in buckets]
         self.order = order
         self.seed = seed
-        self.num_train_timesteps = num_train_timesteps
+        self.num_levels = num_levels
         self.caption_dropout = caption_dropout
         self.max_corrupt_clips = max_corrupt_clips
         self.corrupt_clips: set[str] = set()
@@ -125,12 +126,12 @@ class LatentDataset(Dataset[TrainingSample]):
         """
         clip_id, stored, replaced = self._read_or_replace(position)
         latent_shape = self.latent_shape(stored)
-        random = draw(self.seed, position, latent_shape, self.num_train_timesteps, self.caption_dropout)
+        random = draw(self.seed, position, latent_shape, self.num_levels, self.caption_dropout)
         return TrainingSample(
             latents_TCHW=posterior_sample(stored.moments_CTHW, random.posterior_noise_TCHW, self.store.scaling_factor),
-            text_LC=self.empty_prompt_LC if random.drop_caption else stored.text_LC.clone(),
+            conditions={"text_BLC": self.empty_prompt_LC if random.drop_condition else stored.text_LC.clone()},
             noise_TCHW=random.noise_TCHW,
-            timestep=random.timestep,
+            row=random.row,
             clip_id=clip_id,
             position=position,
             replaced=replaced,
@@ -215,9 +216,11 @@ def collate(samples: Sequence[TrainingSample]) -> TrainingBatch:
     """Stack samples of one geometry."""
     return TrainingBatch(
         latents_BTCHW=torch.stack([s.latents_TCHW for s in samples]),
-        text_BLC=torch.stack([s.text_LC for s in samples]),
+        conditions={
+            name: torch.stack([sample.conditions[name] for sample in samples]) for name in samples[0].conditions
+        },
         noise_BTCHW=torch.stack([s.noise_TCHW for s in samples]),
-        timesteps_B=torch.tensor([s.timestep for s in samples]),
+        rows_B=torch.tensor([s.row for s in samples]),
         clip_ids=tuple(s.clip_id for s in samples),
         positions=tuple(s.position for s in samples),
         replaced=tuple(clip_id for s in samples for clip_id in s.replaced),

@@ -26,8 +26,8 @@ from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import UnusableLatent
 from exvideo_train.latents.fingerprint import model_fingerprint
 from exvideo_train.latents.store import LatentStore
-from exvideo_train.models.cogvideox.schedule import NoiseSchedule
 from exvideo_train.models.hub import resolve_model_path
+from exvideo_train.models.noise_levels import NoiseLevels
 from exvideo_train.models.registry import backbone_config, backbone_family, load_backbone
 from exvideo_train.parallel.engine import TrainingEngine
 from exvideo_train.parallel.hardware import device_peak_flops
@@ -108,7 +108,7 @@ class Job:
     mesh: Mesh
     model_path: Path
     data: Data
-    schedule: NoiseSchedule
+    levels: NoiseLevels
     engine: TrainingEngine
     applied: Applied
     checkpoint: Checkpoint | None
@@ -243,7 +243,7 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
     # 1. What needs no weights, on rank 0 first: files, fingerprint, checkpoint.
     beat("opening data")
     data = mesh.main_first(lambda: open_data(config, mesh, model_path, log))
-    schedule = NoiseSchedule.from_model(model_path).to(mesh.device)
+    levels = backbone_family(model_path).noise_levels(model_path).to(mesh.device)
     checkpoint = mesh.main_first(lambda: find_checkpoint(Path(config.run_dir), config.resume, log))
     if checkpoint is not None:
         found = checkpoint
@@ -272,11 +272,11 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
     engine = TrainingEngine(backbone, lora_parameters(backbone), config, mesh)
     if checkpoint is not None:
         load_optimizer(engine, checkpoint)
-    validator = _validator(config, mesh, data, schedule, model_path, log, beat)
+    validator = _validator(config, mesh, data, levels, model_path, log, beat)
     resumed_from = checkpoint.state.resumed_from if checkpoint else ""
     if config.resume not in ("auto", "never"):
         resumed_from = str(Path(config.resume).resolve())
-    return Job(config, mesh, model_path, data, schedule, engine, applied, checkpoint, validator, dtype, resumed_from)
+    return Job(config, mesh, model_path, data, levels, engine, applied, checkpoint, validator, dtype, resumed_from)
 
 
 def load_optimizer(engine: TrainingEngine, checkpoint: Checkpoint) -> None:
@@ -289,7 +289,7 @@ def _validator(
     config: Train,
     mesh: Mesh,
     data: Data,
-    schedule: NoiseSchedule,
+    levels: NoiseLevels,
     model_path: Path,
     log: Log,
     beat: Callable[[str], None],
@@ -321,7 +321,7 @@ def _validator(
         data.store,
         clip_ids,
         geometry,
-        schedule,
+        levels,
         num_quantiles=config.validation.timestep_quantiles,
         base_latent_frames=base.num_latent_frames,
         mesh=mesh,
@@ -360,7 +360,7 @@ def batches(job: Job, position: int) -> Iterator[TrainingBatch]:
         job.data.buckets,
         job.data.order,
         seed=config.seed,
-        num_train_timesteps=job.schedule.num_train_timesteps,
+        num_levels=len(job.levels),
         caption_dropout=config.data.caption_dropout,
         max_corrupt_clips=config.data.max_corrupt_clips,
     )

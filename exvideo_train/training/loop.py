@@ -19,8 +19,9 @@ from exvideo_train.extensions.adapter_file import write_adapter
 from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.files import atomic_write_text
 from exvideo_train.locks import hold
-from exvideo_train.models.objective import add_noise, generator_for, v_prediction_loss, velocity_target
+from exvideo_train.models.noise_levels import denoising_loss
 from exvideo_train.parallel.mesh import Mesh, init_mesh
+from exvideo_train.randomness import generator_for
 from exvideo_train.training.checkpoint import CheckpointWriter, TrainingState, set_aside_later_checkpoints
 from exvideo_train.training.dataset import TrainingBatch
 from exvideo_train.training.interruption import RESUME_STATUS, Interruption
@@ -172,12 +173,9 @@ class Trainer:
             beat("forward")
             with meter.phase("forward"):
                 self._seed_dropout(micro_step)
-                noisy_BTCHW = add_noise(job.schedule, batch.latents_BTCHW, batch.noise_BTCHW, batch.timesteps_B)
-                velocity_BTCHW = velocity_target(
-                    job.schedule, batch.latents_BTCHW, batch.noise_BTCHW, batch.timesteps_B
+                loss = denoising_loss(
+                    engine, job.levels, batch.latents_BTCHW, batch.noise_BTCHW, batch.rows_B, batch.conditions
                 )
-                prediction_BTCHW = engine(noisy_BTCHW, batch.text_BLC, batch.timesteps_B)
-                loss = v_prediction_loss(prediction_BTCHW, velocity_BTCHW)
             beat("backward")
             with meter.phase("backward"):
                 engine.backward(loss.mean)
@@ -217,9 +215,9 @@ class Trainer:
         device = self.mesh.device
         return batch._replace(
             latents_BTCHW=batch.latents_BTCHW.to(device, non_blocking=True),
-            text_BLC=batch.text_BLC.to(device, non_blocking=True),
+            conditions={name: value.to(device, non_blocking=True) for name, value in batch.conditions.items()},
             noise_BTCHW=batch.noise_BTCHW.to(device, non_blocking=True),
-            timesteps_B=batch.timesteps_B.to(device, non_blocking=True),
+            rows_B=batch.rows_B.to(device, non_blocking=True),
         )
 
     def _seed_dropout(self, micro_step: int) -> None:

@@ -22,17 +22,17 @@ from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import UnusableLatent
 from exvideo_train.latents.store import LatentStore, StoredClip
-from exvideo_train.models.cogvideox.schedule import NoiseSchedule
-from exvideo_train.models.objective import add_noise, draw, v_prediction_loss, velocity_target
+from exvideo_train.models.noise_levels import NoiseLevels, denoising_loss
 from exvideo_train.parallel.mesh import Mesh
 from exvideo_train.training.dataset import posterior_sample
+from exvideo_train.training.draws import draw
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Far from any training seed, so that validation noise is never training noise.
 _VALIDATION_SEED = 0x5EED_0FA7
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+Predict = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Validation:
 
     Attributes:
         loss: mean over clips, timesteps and positions.
-        by_timestep: {timestep: loss}, one timestep a band.
+        by_timestep: {row of the noise levels: loss}, one row a band.
         by_position: loss of each latent frame.
         extension_gap: see the module; None when no latent frame lies beyond the base model's.
         num_clips: clips scored.
@@ -63,9 +63,9 @@ class Validation:
         }
 
 
-def quantile_timesteps(num_quantiles: int, num_train_timesteps: int) -> list[int]:
-    """The middle of each of ``num_quantiles`` equal bands of timesteps."""
-    return [int((band + 0.5) * num_train_timesteps / num_quantiles) for band in range(num_quantiles)]
+def quantile_rows(num_quantiles: int, num_levels: int) -> list[int]:
+    """The middle of each of ``num_quantiles`` equal bands of noise levels."""
+    return [int((band + 0.5) * num_levels / num_quantiles) for band in range(num_quantiles)]
 
 
 class Validator:
@@ -75,8 +75,8 @@ class Validator:
         store: latent store.
         clip_ids: held-out clips.
         geometry: which of their latents.
-        schedule: the model's.
-        num_quantiles: timestep bands.
+        levels: the model's noise levels.
+        num_quantiles: bands of levels.
         base_latent_frames: latent frames of the base model.
         mesh: this rank's place.
         on_progress: called before each clip, for the watchdog.
@@ -88,7 +88,7 @@ class Validator:
         store: LatentStore,
         clip_ids: Sequence[str],
         geometry: Geometry,
-        schedule: NoiseSchedule,
+        levels: NoiseLevels,
         *,
         num_quantiles: int,
         base_latent_frames: int,
@@ -99,8 +99,8 @@ class Validator:
         self.store = store
         self.clip_ids = list(clip_ids)
         self.geometry = geometry
-        self.schedule = schedule
-        self.timesteps = quantile_timesteps(num_quantiles, schedule.num_train_timesteps)
+        self.levels = levels
+        self.rows = quantile_rows(num_quantiles, len(levels))
         self.base_latent_frames = base_latent_frames
         self.mesh = mesh
         self.on_progress = on_progress
@@ -111,9 +111,9 @@ class Validator:
         """Score all clips. Every rank must call it; every rank gets the result.
 
         Args:
-            predict: (noisy_BTCHW, text_BLC, timesteps_B) -> velocity_BTCHW.
+            predict: the network.
         """
-        total_QT = torch.zeros(len(self.timesteps), self.geometry.num_latent_frames, dtype=torch.float64)
+        total_QT = torch.zeros(len(self.rows), self.geometry.num_latent_frames, dtype=torch.float64)
         num_clips = 0
         # Every rank makes the same number of calls, as collectives inside the model (ZeRO-3) demand.
         rounds = math.ceil(len(self.clip_ids) / self.mesh.data_size)
@@ -159,18 +159,21 @@ class Validator:
 
     def _score(self, index: int, stored: StoredClip, predict: Predict) -> Tensor:
         channels2, T, H, W = stored.moments_CTHW.shape
+        device = self.mesh.device
         losses = []
-        for band, timestep in enumerate(self.timesteps):
-            position = index * len(self.timesteps) + band
-            random = draw(_VALIDATION_SEED, position, (T, channels2 // 2, H, W), self.schedule.num_train_timesteps, 0.0)
+        for band, row in enumerate(self.rows):
+            position = index * len(self.rows) + band
+            random = draw(_VALIDATION_SEED, position, (T, channels2 // 2, H, W), len(self.levels), 0.0)
             latents = posterior_sample(stored.moments_CTHW, random.posterior_noise_TCHW, self.store.scaling_factor)
-            latents_BTCHW = latents[None].to(self.mesh.device)
-            noise_BTCHW = random.noise_TCHW[None].to(self.mesh.device)
-            timesteps_B = torch.tensor([timestep], device=self.mesh.device)
-            noisy_BTCHW = add_noise(self.schedule, latents_BTCHW, noise_BTCHW, timesteps_B)
-            prediction = predict(noisy_BTCHW, stored.text_LC[None].to(self.mesh.device), timesteps_B)
-            target = velocity_target(self.schedule, latents_BTCHW, noise_BTCHW, timesteps_B)
-            losses.append(v_prediction_loss(prediction, target).per_position_BT[0].double().cpu())
+            loss = denoising_loss(
+                predict,
+                self.levels,
+                latents[None].to(device),
+                random.noise_TCHW[None].to(device),
+                torch.tensor([row], device=device),
+                {"text_BLC": stored.text_LC[None].to(device)},
+            )
+            losses.append(loss.per_position_BT[0].double().cpu())
         return torch.stack(losses)
 
     def _summarise(self, loss_QT: Tensor, num_clips: int) -> Validation:
@@ -178,7 +181,7 @@ class Validator:
         base, beyond = by_position[: self.base_latent_frames], by_position[self.base_latent_frames :]
         return Validation(
             loss=float(loss_QT.mean()),
-            by_timestep={t: float(loss) for t, loss in zip(self.timesteps, loss_QT.mean(dim=1), strict=True)},
+            by_timestep={t: float(loss) for t, loss in zip(self.rows, loss_QT.mean(dim=1), strict=True)},
             by_position=[float(loss) for loss in by_position],
             extension_gap=float(beyond.mean() / base.mean()) if len(beyond) else None,
             num_clips=num_clips,

@@ -19,8 +19,8 @@ from support.attacks import Attack, Ending, attacks, check_ending, held, refused
 
 from exvideo_train.latents.fingerprint import component_digest, read_text_length
 from exvideo_train.models.cogvideox.encoder_weights import load_text_encoder, load_tokenizer, load_vae
+from exvideo_train.models.cogvideox.objective import noise_levels
 from exvideo_train.models.cogvideox.sampler import SamplerSettings, load_scheduler
-from exvideo_train.models.cogvideox.schedule import NoiseSchedule
 from exvideo_train.models.registry import load_backbone
 
 Edit = Callable[[Path], object]
@@ -367,7 +367,7 @@ SCHEDULERS = [
 def load(part: str, folder: Path) -> list[torch.Tensor]:
     """What a part of the model comes down to."""
     if part == SCHEDULER:
-        alphas = NoiseSchedule.from_model(folder.parent).alphas_cumprod
+        alphas = noise_levels(folder.parent).signal_L
         sampler = load_scheduler(folder.parent, SamplerSettings("ddim", 2, 6.0, seed=0))
         return [alphas, sampler.alphas_cumprod, sampler.timesteps]
     if part == TOKENIZER:

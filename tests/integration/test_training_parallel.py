@@ -11,8 +11,7 @@ from exvideo_train.config.commands import Train
 from exvideo_train.entry import compose_config, to_dataclass
 from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters
 from exvideo_train.latents.store import LatentStore
-from exvideo_train.models.cogvideox.schedule import NoiseSchedule
-from exvideo_train.models.objective import add_noise, velocity_target
+from exvideo_train.models.cogvideox.objective import noise_levels
 from exvideo_train.models.registry import load_backbone
 from exvideo_train.training.dataset import LatentDataset
 from exvideo_train.training.learning_rate import learning_rate
@@ -41,10 +40,10 @@ def reference(trained: Trained) -> tuple[list[float], list[float], dict[str, tor
         [(SHORT, ids)],
         SampleOrder([len(ids)], [4], config.seed),
         seed=config.seed,
-        num_train_timesteps=1000,
+        num_levels=1000,
         caption_dropout=config.data.caption_dropout,
     )
-    schedule = NoiseSchedule.from_model(trained.model)
+    levels = noise_levels(trained.model)
     losses, norms = [], []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -52,9 +51,10 @@ def reference(trained: Trained) -> tuple[list[float], list[float], dict[str, tor
         for position in range(4 * step, 4 * step + 4):
             sample = dataset[position]
             latents, noise = sample.latents_TCHW[None], sample.noise_TCHW[None]
-            timesteps = torch.tensor([sample.timestep])
-            prediction = backbone(add_noise(schedule, latents, noise, timesteps), sample.text_LC[None], timesteps)
-            loss = (prediction - velocity_target(schedule, latents, noise, timesteps)).square().mean() / 4
+            rows = torch.tensor([sample.row])
+            noisy, velocity = levels.mix(latents, noise, rows)
+            prediction = backbone(noisy, rows, sample.conditions["text_BLC"][None])
+            loss = (prediction - velocity).square().mean() / 4
             loss.backward()
             total += loss.item()
         losses.append(total)

@@ -9,9 +9,9 @@ from support.store import LONG
 from support.trained import Trained
 
 from exvideo_train.latents.store import LatentStore
-from exvideo_train.models.cogvideox.schedule import NoiseSchedule
-from exvideo_train.models.objective import draw
+from exvideo_train.models.cogvideox.objective import noise_levels
 from exvideo_train.models.registry import load_backbone
+from exvideo_train.training.draws import draw
 from exvideo_train.training.order import split_held_out
 from exvideo_train.training.validation import _VALIDATION_SEED, curves_figure
 
@@ -23,7 +23,7 @@ def test_extension_gap_before_training_by_hand(trained: Trained) -> None:
     assert trained.one["held_out_1"]["status"] == 0
     recorded = trained.validations("held_out_1")[0]
     model = load_backbone(trained.model, torch.float32, torch.device("cpu"))
-    store, schedule = LatentStore.open(trained.latents), NoiseSchedule.from_model(trained.model)
+    store, levels = LatentStore.open(trained.latents), noise_levels(trained.model)
     _, held_out = split_held_out(store.clip_ids(LONG), 3)
     assert recorded["num_clips"] == 3
     by_frame = []
@@ -34,10 +34,10 @@ def test_extension_gap_before_training_by_hand(trained: Trained) -> None:
             random = draw(_VALIDATION_SEED, 4 * number + band, mean.shape, 1000, 0.0)
             latents = store.scaling_factor * (mean + (log_variance / 2).exp() * random.posterior_noise_TCHW)
             time = torch.tensor([timestep])
-            signal, noise = schedule.signal_scale(time), schedule.noise_scale(time)
+            signal, noise = levels.signal_L[timestep].float(), levels.noise_L[timestep].float()
             noisy = signal * latents + noise * random.noise_TCHW
             velocity = signal * random.noise_TCHW - noise * latents
-            error = model(noisy[None], stored.text_LC[None], time)[0] - velocity
+            error = model(noisy[None], time, stored.text_LC[None])[0] - velocity
             by_frame.append(error.square().mean(dim=(1, 2, 3)))
     by_position = torch.stack(by_frame).mean(dim=0)
     torch.testing.assert_close(torch.tensor(recorded["by_position"]), by_position, rtol=1e-5, atol=0)

@@ -62,7 +62,7 @@ def test_diffusers_loads_the_file_and_computes_the_same(tiny_model_5b, tmp_path,
     with torch.no_grad():
         base = run_theirs()
         pipeline.load_lora_weights(path)
-        adapted, expected = run_theirs(), ours(latents_BTCHW, text_BLC, timesteps_B)
+        adapted, expected = run_theirs(), ours(latents_BTCHW, timesteps_B, text_BLC)
     assert (adapted - base).abs().max() > 1e-2 * base.abs().max()
     torch.testing.assert_close(adapted, expected, rtol=1e-5, atol=1e-5)
     assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == len(lora_layers(ours))

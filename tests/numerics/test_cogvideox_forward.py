@@ -60,7 +60,7 @@ def reference_rotary(fields: dict[str, Any], num_latent_frames: int, height: int
     return get_3d_rotary_pos_embed(fields["attention_head_dim"], crops, grid, num_latent_frames)
 
 
-def run_reference(reference: Any, latents_BTCHW: Tensor, text_BLC: Tensor, timesteps_B: Tensor) -> Tensor:
+def run_reference(reference: Any, latents_BTCHW: Tensor, timesteps_B: Tensor, text_BLC: Tensor) -> Tensor:
     """Forward of diffusers' network, or of PEFT's wrapping of it, with the tables its pipeline would pass."""
     fields = dict(reference.config)
     rotary = None
@@ -77,7 +77,7 @@ def draw_inputs(
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(batch, num_latent_frames, 16, height, width, generator=generator)
     text = torch.randn(batch, fields.max_text_seq_length, fields.text_embed_dim, generator=generator)
-    return latents, text, torch.tensor([999, 17][:batch])
+    return latents, torch.tensor([999, 17][:batch]), text
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -166,8 +166,8 @@ def test_sincos_embedding_equals_diffusers(grid_THW: tuple[int, int, int], scale
 def test_a_position_error_would_be_seen() -> None:
     """Shifting the last latent frame by one moves the output by far more than the tolerance."""
     ours, _ = make_pair("5b")
-    latents, text, timesteps = draw_inputs(ours.config, 5, 8, 12)
+    latents, timesteps, text = draw_inputs(ours.config, 5, 8, 12)
     with torch.no_grad():
-        velocity = ours(latents, text, timesteps)
-        turned = ours(latents.roll(1, dims=1), text, timesteps).roll(-1, dims=1)
+        velocity = ours(latents, timesteps, text)
+        turned = ours(latents.roll(1, dims=1), timesteps, text).roll(-1, dims=1)
     assert relative_error(turned, velocity) > 1e-3

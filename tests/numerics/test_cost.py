@@ -55,7 +55,7 @@ def count_on_cpu(config: Any, lora: LoraConfig, geometry: Geometry, recompute: R
     )
     text_BLC = torch.randn(1, config.max_text_seq_length, config.text_embed_dim)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as forward:
-        loss = model(latents_BTCHW, text_BLC, torch.tensor([3])).square().mean()
+        loss = model(latents_BTCHW, torch.tensor([3]), text_BLC).square().mean()
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as backward:
         loss.backward()
     return forward.get_total_flops(), backward.get_total_flops()
@@ -178,7 +178,7 @@ def test_memory_of_a_trace_is_that_of_the_same_step_on_real_tensors(recompute: R
         shape = (1, geometry.num_latent_frames, config.in_channels, geometry.latent_height, geometry.latent_width)
         latents_BTCHW, target_BTCHW = torch.randn(shape), torch.randn(shape)
         text_BLC = torch.randn(1, config.max_text_seq_length, config.text_embed_dim)
-        prediction_BTCHW = model(latents_BTCHW, text_BLC, torch.tensor([3]))
+        prediction_BTCHW = model(latents_BTCHW, torch.tensor([3]), text_BLC)
         loss = (prediction_BTCHW.float() - target_BTCHW.float()).square().mean(dim=(2, 3, 4)).mean()
         del prediction_BTCHW
         kept_bytes = meter.live_bytes

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
-from exvideo_train.models.cogvideox.schedule import NoiseSchedule
-from exvideo_train.models.objective import add_noise, v_prediction_loss, velocity_target
+from exvideo_train.models.cogvideox.objective import alphas_cumprod
+from exvideo_train.models.noise_levels import NoiseLevels, squared_error
 
 PUBLISHED = {
     "num_train_timesteps": 1000,
@@ -35,7 +35,7 @@ def latents_and_noise():
 
 
 def test_schedule_equals_the_library_in_float64(settings):
-    ours = NoiseSchedule.from_config(settings).alphas_cumprod
+    ours = alphas_cumprod(settings)
     reference = CogVideoXDDIMScheduler.from_config(settings).alphas_cumprod
     assert ours.dtype == reference.dtype == torch.float64
     assert torch.equal(ours, reference) or (ours - reference).abs().max() < 1e-15
@@ -45,43 +45,43 @@ def test_schedule_equals_the_library_in_float64(settings):
 def test_a_field_missing_from_the_file_takes_the_library_default():
     file = {"prediction_type": "v_prediction"}
     reference = CogVideoXDDIMScheduler.from_config(file).alphas_cumprod
-    torch.testing.assert_close(NoiseSchedule.from_config(file).alphas_cumprod, reference, rtol=0, atol=1e-15)
+    torch.testing.assert_close(alphas_cumprod(file), reference, rtol=0, atol=1e-15)
 
 
 def test_the_two_published_schedules_differ():
-    a, b = (NoiseSchedule.from_config(SETTINGS[name]).alphas_cumprod[500] for name in ("5b", "2b"))
+    a, b = (alphas_cumprod(SETTINGS[name])[500] for name in ("5b", "2b"))
     assert abs(a - b) > 0.05
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(add_noise, "add_noise"), (velocity_target, "get_velocity")])
-def test_noise_and_target_equal_the_library_in_float64(settings, latents_and_noise, ours, theirs):
+def test_noise_and_target_equal_the_library_in_float64(settings, latents_and_noise):
     latents, noise = latents_and_noise
     timesteps = torch.tensor(EDGES)
-    reference = getattr(CogVideoXDDIMScheduler.from_config(settings), theirs)(
-        latents.double(), noise.double(), timesteps
-    )
-    value = ours(NoiseSchedule.from_config(settings), latents, noise, timesteps)
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value.double(), reference, rtol=0, atol=5e-7)
+    library = CogVideoXDDIMScheduler.from_config(settings)
+    mixed = NoiseLevels.v_prediction(alphas_cumprod(settings)).mix(latents, noise, timesteps)
+    for value, reference in zip(mixed, (library.add_noise, library.get_velocity), strict=True):
+        assert value.dtype == torch.float32
+        expected = reference(latents.double(), noise.double(), timesteps)
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=5e-7)
 
 
 def test_half_precision_latents_are_mixed_in_float32(settings, latents_and_noise):
     latents, noise = (tensor.bfloat16() for tensor in latents_and_noise)
-    timesteps, schedule = torch.tensor(EDGES), NoiseSchedule.from_config(settings)
-    noisy = add_noise(schedule, latents, noise, timesteps)
+    timesteps, levels = torch.tensor(EDGES), NoiseLevels.v_prediction(alphas_cumprod(settings))
+    noisy, _ = levels.mix(latents, noise, timesteps)
     assert noisy.dtype == torch.float32
     assert not torch.equal(noisy[0], latents[0].float())  # a bf16 sigma would be 0 at timestep 0
-    torch.testing.assert_close(noisy, add_noise(schedule, latents.float(), noise.float(), timesteps), rtol=0, atol=0)
+    torch.testing.assert_close(noisy, levels.mix(latents.float(), noise.float(), timesteps)[0], rtol=0, atol=0)
 
 
 def test_weighted_x0_loss_is_the_velocity_mse(settings, latents_and_noise):
     latents, noise = latents_and_noise
-    schedule = NoiseSchedule.from_config(settings)
     timesteps = torch.tensor([5, 83, 250, 400, 600, 800, 950, 999])
     prediction = torch.randn(latents.shape, generator=torch.Generator().manual_seed(4))
-    loss = v_prediction_loss(prediction, velocity_target(schedule, latents, noise, timesteps))
+    loss = squared_error(
+        prediction, NoiseLevels.v_prediction(alphas_cumprod(settings)).mix(latents, noise, timesteps)[1]
+    )
 
-    alpha_bar = schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1, 1)
+    alpha_bar = alphas_cumprod(settings)[timesteps].view(-1, 1, 1, 1, 1)
     noisy = alpha_bar.sqrt() * latents.double() + (1 - alpha_bar).sqrt() * noise.double()
     predicted_x0 = alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * prediction.double()
     weighted = (predicted_x0 - latents.double()).square() / (1 - alpha_bar)
@@ -90,7 +90,7 @@ def test_weighted_x0_loss_is_the_velocity_mse(settings, latents_and_noise):
 
 
 def test_coarser_losses_are_means_of_the_finer(latents_and_noise):
-    loss = v_prediction_loss(*latents_and_noise)
+    loss = squared_error(*latents_and_noise)
     assert loss.per_position_BT.shape == (len(EDGES), 5)
     torch.testing.assert_close(loss.per_sample_B, loss.per_position_BT.mean(dim=1))
     torch.testing.assert_close(loss.mean, (latents_and_noise[0] - latents_and_noise[1]).square().mean())

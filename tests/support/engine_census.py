@@ -69,7 +69,7 @@ def main() -> None:
         for _ in range(accumulation_steps):
             meter.peak_bytes = start = meter.live_bytes
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = engine(latents_BTCHW, text_BLC, timesteps_B).square().mean()
+                loss = engine(latents_BTCHW, timesteps_B, text_BLC=text_BLC).square().mean()
             forward_peak = max(forward_peak, meter.peak_bytes - start)
             engine.backward(loss)
             backward_peak = max(backward_peak, meter.peak_bytes)

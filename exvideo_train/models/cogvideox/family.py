@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exvideo_train.config.experiment import LORA_TARGETS
-from exvideo_train.models.cogvideox import costs, published, weights
+from exvideo_train.models.cogvideox import costs, objective, published, weights
 from exvideo_train.models.cogvideox.network import CogVideoXBlock, CogVideoXConfig, CogVideoXDiT
 from exvideo_train.models.family import BackboneFamily
 
@@ -36,6 +36,7 @@ COGVIDEOX: BackboneFamily[CogVideoXConfig] = BackboneFamily(
     load=weights.load,
     published_config=_published_config,
     default_lora_targets=tuple(LORA_TARGETS),
+    noise_levels=objective.noise_levels,
     text_length=_text_length,
     sample_channels=_sample_channels,
     num_base_frames=_num_base_frames,

@@ -321,13 +321,13 @@ class CogVideoXDiT(nn.Module):
         """The transformer blocks, in order."""
         return self.transformer_blocks
 
-    def forward(self, latents_BTCHW: Tensor, text_BLC: Tensor, timesteps_B: Tensor) -> Tensor:
+    def forward(self, latents_BTCHW: Tensor, told_B: Tensor, text_BLC: Tensor) -> Tensor:
         """Predict the velocity.
 
         Args:
             latents_BTCHW: noisy latents, already scaled by the VAE's factor; H and W are multiples of the patch size.
+            told_B: training timesteps, 0 (clean) to 999.
             text_BLC: T5 embeddings of the padded prompt.
-            timesteps_B: training timesteps, 0 (clean) to 999.
 
         Returns:
             velocity_BTCHW in the compute dtype: autocast's where it is on, else that of the weights.
@@ -338,7 +338,7 @@ class CogVideoXDiT(nn.Module):
         num_text_tokens, patch = text_BLC.shape[1], config.patch_size
         grid_THW = (latents_BTCHW.shape[1], latents_BTCHW.shape[3] // patch, latents_BTCHW.shape[4] // patch)
 
-        sinusoid_BC = timestep_sinusoid(timesteps_B, config.inner_dim, config.flip_sin_to_cos, config.freq_shift)
+        sinusoid_BC = timestep_sinusoid(told_B, config.inner_dim, config.flip_sin_to_cos, config.freq_shift)
         time_BC = self.time_embedding(sinusoid_BC.to(dtype))
         joint_BSC = self.patch_embed(latents_BTCHW.to(dtype), text_BLC.to(dtype))
         own = self.own_tokens(joint_BSC.shape[1])

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from exvideo_train.errors import UserError
 from exvideo_train.files import short
 from exvideo_train.geometry import Geometry
-from exvideo_train.models.cogvideox.schedule import read_scheduler_config
+from exvideo_train.models.cogvideox.objective import read_scheduler_config
 
 SCHEDULERS: dict[str, Any] = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 
@@ -97,7 +97,7 @@ def denoise(
     same seed gives the same video there, and on every device.
 
     Args:
-        backbone: (latents_BTCHW, text_BLC, timesteps_B) -> velocity_BTCHW, in ``text_1LC``'s dtype.
+        backbone: (latents_BTCHW, told_B, text_BLC) -> velocity_BTCHW, in ``text_1LC``'s dtype.
         text_1LC, empty_text_1LC: embeddings of the prompt and of the empty prompt, on the backbone's device.
         label: of the progress bar.
 
@@ -141,14 +141,14 @@ def _guided_velocity(
     """``empty + scale * (prompt - empty)`` in float32."""
     timesteps_1 = torch.full((1,), timestep, device=latents_1TCHW.device, dtype=torch.int64)
     if settings.guidance_scale <= 1.0:
-        return cast(Tensor, backbone(latents_1TCHW, text_1LC, timesteps_1)).float()
+        return cast(Tensor, backbone(latents_1TCHW, timesteps_1, text_1LC)).float()
     if settings.batched_guidance:
         text_2LC = torch.cat([empty_text_1LC, text_1LC])
-        both = backbone(latents_1TCHW.repeat(2, 1, 1, 1, 1), text_2LC, timesteps_1.repeat(2)).float()
+        both = backbone(latents_1TCHW.repeat(2, 1, 1, 1, 1), timesteps_1.repeat(2), text_2LC).float()
         empty, prompt = both.chunk(2)
     else:
-        empty = backbone(latents_1TCHW, empty_text_1LC, timesteps_1).float()
-        prompt = backbone(latents_1TCHW, text_1LC, timesteps_1).float()
+        empty = backbone(latents_1TCHW, timesteps_1, empty_text_1LC).float()
+        prompt = backbone(latents_1TCHW, timesteps_1, text_1LC).float()
     return cast(Tensor, empty + settings.guidance_scale * (prompt - empty))
 
 

@@ -47,7 +47,7 @@ def run(model: Path, recompute: Recompute, dropout: float = 0.0, dtype: torch.dt
     text = torch.randn(1, 16, 32, generator=generator)
     torch.manual_seed(3)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = (backbone(latents, text, torch.tensor([500])).float() - target).square().mean()
+        loss = (backbone(latents, torch.tensor([500]), text).float() - target).square().mean()
     with CountOps() as backward:
         loss.backward()
     return loss.item(), {name: p.grad for name, p in lora_parameters(backbone).items()}, backward.calls

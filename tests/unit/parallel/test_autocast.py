@@ -34,7 +34,7 @@ layer = backbone.blocks[0].attn1.to_q.lora_A["default"]
 layer.register_forward_hook(lambda module, inputs, output: seen.add((inputs[0].dtype, output.dtype)))
 latents = torch.randn(1, 5, 16, 8, 12)
 text = torch.randn(1, backbone.config.max_text_seq_length, backbone.config.text_embed_dim)
-output = engine(latents, text, torch.tensor([500]))
+output = engine(latents, torch.tensor([500]), text_BLC=text)
 assert output.dtype == torch.bfloat16, output.dtype
 assert seen == {(torch.bfloat16, torch.bfloat16)}, seen
 engine.backward(output.float().square().mean())

@@ -55,7 +55,7 @@ def gradients(model: Path, mesh: Mesh, recompute: str) -> tuple[Tensor, dict[str
     latents = torch.randn(2, 5, 16, 8, 12, generator=sample)
     text = torch.randn(2, TEXT_TOKENS, 32, generator=sample)
     target = torch.randn(2, 5, 16, 8, 12, generator=sample)
-    output = backbone(latents, text, torch.tensor([10, 900]))
+    output = backbone(latents, torch.tensor([10, 900]), text)
     (output - target).square().mean().backward()
     return output.detach(), {name: p.grad.clone() for name, p in lora_parameters(backbone).items()}
 

@@ -9,7 +9,7 @@ from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.training.dataset import LatentDataset, MicroBatchPositions, collate, posterior_sample
 from exvideo_train.training.order import SampleOrder
-from tests.unit.latents.conftest import GEOMETRY, fill, fingerprint_of
+from tests.unit.latents.conftest import GEOMETRY, fill, fingerprint_of, store  # noqa: F401 (a fixture)
 
 PORTRAIT = Geometry(17, 48, 32, 8)
 
@@ -17,7 +17,7 @@ PORTRAIT = Geometry(17, 48, 32, 8)
 def dataset_of(store, samples_per_step=(4,), geometries=(GEOMETRY,), **options):
     buckets = [(g, store.clip_ids(g)) for g in geometries]
     order = SampleOrder([len(ids) for _, ids in buckets], samples_per_step, seed=1)
-    options = {"seed": 1, "num_train_timesteps": 1000, "caption_dropout": 0.0} | options
+    options = {"seed": 1, "num_levels": 1000, "caption_dropout": 0.0} | options
     return LatentDataset(store, buckets, order, **options)
 
 
@@ -32,8 +32,8 @@ def run(store, world_size, accumulation, steps, start=0, num_workers=0, **option
             batch = next(loader)
             for row, position in enumerate(batch.positions):
                 assert position not in seen
-                seen[position] = [batch.latents_BTCHW[row], batch.text_BLC[row], batch.noise_BTCHW[row]]
-                seen[position] += [batch.timesteps_B[row], batch.clip_ids[row]]
+                seen[position] = [batch.latents_BTCHW[row], batch.conditions["text_BLC"][row], batch.noise_BTCHW[row]]
+                seen[position] += [batch.rows_B[row], batch.clip_ids[row]]
     return seen
 
 
@@ -85,9 +85,9 @@ def test_posterior_sample_is_that_of_diffusers():
 
 def test_caption_dropout_takes_the_empty_prompt(store):
     dataset = dataset_of(store, caption_dropout=0.5)
-    dropped = [torch.equal(dataset[p].text_LC, store.empty_prompt()) for p in range(100)]
+    dropped = [torch.equal(dataset[p].conditions["text_BLC"], store.empty_prompt()) for p in range(100)]
     assert 30 < sum(dropped) < 70
-    assert all(dataset_of(store, caption_dropout=1.0)[p].text_LC.eq(0.5).all() for p in range(5))
+    assert all(dataset_of(store, caption_dropout=1.0)[p].conditions["text_BLC"].eq(0.5).all() for p in range(5))
 
 
 def test_corrupt_clip_is_replaced_by_the_next_in_order(store, caplog):

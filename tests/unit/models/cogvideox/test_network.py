@@ -25,7 +25,7 @@ def _inputs(model: CogVideoXDiT, num_latent_frames: int = 3) -> tuple[Tensor, Te
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, num_latent_frames, 16, 8, 12, generator=generator)
     text = torch.randn(2, model.config.max_text_seq_length, model.config.text_embed_dim, generator=generator)
-    return latents, text, torch.tensor([5, 900])
+    return latents, torch.tensor([5, 900]), text
 
 
 def _load(folder: Path, dtype: torch.dtype = torch.float32) -> CogVideoXDiT:

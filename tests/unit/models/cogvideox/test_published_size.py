@@ -62,7 +62,7 @@ def _assert_flops_counted(model: CogVideoXDiT, geometry: Geometry) -> None:
     )
     text = torch.empty(1, config.max_text_seq_length, config.text_embed_dim, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(latents, text, torch.zeros(1, device="meta"))
+        model(latents, torch.zeros(1, device="meta"), text)
     assert counter.get_total_flops() == COGVIDEOX.forward_flops(config, geometry)
 
 
@@ -79,6 +79,6 @@ def test_flops_of_lora_and_of_a_block_are_counted() -> None:
     latents = torch.empty(1, 5, 16, 8, 12, device="meta")
     text = torch.empty(1, 226, 4096, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        adapted(latents, text, torch.zeros(1, device="meta"))
+        adapted(latents, torch.zeros(1, device="meta"), text)
     added = COGVIDEOX.lora_forward_flops(config, geometry, 3, targets)
     assert counter.get_total_flops() == base + added

@@ -1,11 +1,7 @@
-"""The noise schedule of a published model, as tables.
-
-Axis letters: B batch.
-"""
+"""CogVideoX's noise levels: v-prediction on the schedule of the model's own scheduler file."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ from torch import Tensor
 from exvideo_train.errors import UserError
 from exvideo_train.files import short
 from exvideo_train.models.config_file import check_bounds, read_config
+from exvideo_train.models.noise_levels import NoiseLevels
 
 # What diffusers' CogVideoXDDIMScheduler and CogVideoXDPMScheduler assume for a field that the file lacks. The
 # samplers read the same file, so training must assume the same, odd as it is: snr_shift_scale is 3.0 here
@@ -38,67 +35,39 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class NoiseSchedule:
-    """How much signal and noise a latent holds at each timestep: ``x_t = signal * x_0 + scale * noise``.
+def noise_levels(model_path: Path) -> NoiseLevels:
+    """Of ``scheduler/scheduler_config.json`` in a model folder of the published layout.
 
-    Args:
-        alphas_cumprod: (num_train_timesteps,) float64, the share of signal in the variance; 0 at the last
-            timestep when the schedule has zero terminal SNR (arXiv 2305.08891).
+    Raises:
+        UserError: the file is missing or broken, or describes a schedule that is not trained here.
     """
+    path = model_path / "scheduler" / "scheduler_config.json"
+    return NoiseLevels.v_prediction(alphas_cumprod(read_scheduler_config(model_path), source=path))
 
-    alphas_cumprod: Tensor
 
-    @classmethod
-    def from_model(cls, model_path: Path) -> NoiseSchedule:
-        """Read ``scheduler/scheduler_config.json`` of a model folder in the published layout.
+def alphas_cumprod(config: dict[str, Any], source: Path | str = "scheduler config") -> Tensor:
+    """The share of signal in the variance at each timestep, float64; 0 at the last one with zero terminal SNR.
 
-        Raises:
-            UserError: the file is missing or broken, or describes a schedule that is not trained here.
-        """
-        path = model_path / "scheduler" / "scheduler_config.json"
-        return cls.from_config(read_scheduler_config(model_path), source=path)
+    Betas, then the SNR shift (as in SD3), then the rescale to zero terminal SNR (arXiv 2305.08891).
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any], source: Path | str = "scheduler config") -> NoiseSchedule:
-        """Build the table in float64: betas, SNR shift (as in SD3), then the rescale to zero terminal SNR."""
-        fields = {name: config.get(name, default) for name, default in LIBRARY_DEFAULTS.items()}
-        _check_fields(fields, source)
-        if fields["prediction_type"] != "v_prediction":
-            raise UserError(
-                f"{source}: prediction_type={short(fields['prediction_type'])}: training needs v_prediction; "
-                "use a model whose scheduler says prediction_type=v_prediction (CogVideoX-2B, CogVideoX-5B)"
-            )
-        alphas_cumprod = torch.cumprod(1.0 - _betas(fields, source), dim=0)
-        shift = float(fields["snr_shift_scale"])
-        alphas_cumprod = alphas_cumprod / (shift + (1.0 - shift) * alphas_cumprod)
-        if fields["rescale_betas_zero_snr"]:
-            alphas_cumprod = _rescale_to_zero_terminal_snr(alphas_cumprod)
-        if not torch.isfinite(alphas_cumprod).all():
-            raise UserError(f"{source}: gives a schedule that is not finite; fetch the model again")
-        return cls(alphas_cumprod)
-
-    @property
-    def num_train_timesteps(self) -> int:
-        return len(self.alphas_cumprod)
-
-    def to(self, device: torch.device | str) -> NoiseSchedule:
-        """The same schedule with its table on ``device``, so that a step copies nothing from the host."""
-        return NoiseSchedule(self.alphas_cumprod.to(device))
-
-    def signal_scale(self, timesteps_B: Tensor) -> Tensor:
-        """sqrt(alpha_bar), (B,) float32; the root is taken in float64."""
-        return self._gather(timesteps_B).sqrt().float()
-
-    def noise_scale(self, timesteps_B: Tensor) -> Tensor:
-        """sqrt(1 - alpha_bar), (B,) float32; the difference and the root are taken in float64.
-
-        In bfloat16 it would be 0 at the first timesteps and wrong by more than 1 % up to timestep 83.
-        """
-        return (1.0 - self._gather(timesteps_B)).sqrt().float()
-
-    def _gather(self, timesteps_B: Tensor) -> Tensor:
-        return self.alphas_cumprod.to(timesteps_B.device)[timesteps_B]
+    Raises:
+        UserError: fields of a schedule that is not trained here; names ``source``.
+    """
+    fields = {name: config.get(name, default) for name, default in LIBRARY_DEFAULTS.items()}
+    _check_fields(fields, source)
+    if fields["prediction_type"] != "v_prediction":
+        raise UserError(
+            f"{source}: prediction_type={short(fields['prediction_type'])}: training needs v_prediction; "
+            "use a model whose scheduler says prediction_type=v_prediction (CogVideoX-2B, CogVideoX-5B)"
+        )
+    alphas = torch.cumprod(1.0 - _betas(fields, source), dim=0)
+    shift = float(fields["snr_shift_scale"])
+    alphas = alphas / (shift + (1.0 - shift) * alphas)
+    if fields["rescale_betas_zero_snr"]:
+        alphas = _rescale_to_zero_terminal_snr(alphas)
+    if not torch.isfinite(alphas).all():
+        raise UserError(f"{source}: gives a schedule that is not finite; fetch the model again")
+    return alphas
 
 
 def read_scheduler_config(model_path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from exvideo_train.errors import UserError
-from exvideo_train.models.cogvideox.schedule import NoiseSchedule
+from exvideo_train.models.cogvideox.objective import noise_levels
 
 FILE = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "snr_shift_scale": 1.0}
 
@@ -20,11 +20,10 @@ def write(folder, content):
 
 
 def test_reads_the_model_file(tmp_path):
-    schedule = NoiseSchedule.from_model(write(tmp_path, json.dumps(FILE | {"num_train_timesteps": 10})))
-    assert schedule.num_train_timesteps == 10
-    assert schedule.alphas_cumprod[-1] == 0
-    assert schedule.signal_scale(torch.tensor([9, 9])).tolist() == [0, 0]
-    assert schedule.noise_scale(torch.tensor([9])).tolist() == [1]
+    levels = noise_levels(write(tmp_path, json.dumps(FILE | {"num_train_timesteps": 10})))
+    assert len(levels) == 10
+    assert (levels.signal_L[9], levels.noise_L[9]) == (0, 1)
+    assert levels.told_at(torch.tensor([9, 0])).tolist() == [9, 0]
 
 
 @pytest.mark.parametrize(
@@ -40,18 +39,18 @@ def test_reads_the_model_file(tmp_path):
 )
 def test_refuses_with_file_and_value(tmp_path, content, named):
     with pytest.raises(UserError, match=r"scheduler_config\.json") as error:
-        NoiseSchedule.from_model(write(tmp_path, content))
+        noise_levels(write(tmp_path, content))
     assert named in str(error.value)
 
 
 def test_missing_file_names_the_layout(tmp_path):
     with pytest.raises(UserError, match=r"model\.path"):
-        NoiseSchedule.from_model(tmp_path)
+        noise_levels(tmp_path)
 
 
 def test_imports_no_model_library():
     code = (
-        "import sys, exvideo_train.models.objective;"
+        "import sys, exvideo_train.models.cogvideox.objective;"
         "print([name for name in ('diffusers', 'transformers') if name in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
