@@ -20,7 +20,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
-import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -34,17 +33,7 @@ from exvideo_train.terminal import EscapedStream, escaped
 ConfigT = TypeVar("ConfigT")
 
 USER_ERROR_STATUS = 2
-# Hydra's own flags that are of use here, with the number of words that follow each.
-HYDRA_FLAGS = {"--help": 0, "-h": 0, "--cfg": 1, "-c": 1, "--resolve": 0, "--info": 1}
 HYDRA_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
-# Hydra must neither change directory nor leave folders behind; a user's own override comes later and wins.
-QUIET_HYDRA = [
-    "hydra.run.dir=.",
-    "hydra.sweep.dir=.",
-    "hydra.output_subdir=null",
-    "hydra/job_logging=none",
-    "hydra/hydra_logging=none",
-]
 
 
 def config_folder() -> Path:
@@ -65,35 +54,20 @@ def run_command(config_class: type[ConfigT], main: Callable[[ConfigT], None], na
 
     A :class:`UserError` ends the process with status 2 and its message alone.
     """
-    arguments = _without_launcher_arguments(sys.argv[1:])
-    register_schema(config_class, name)
     try:
-        flags, overrides = _split_arguments(arguments)
-        overrides = quote_overrides(overrides, config_class)
-        if "--help" in flags or "-h" in flags:
-            print(help_text(config_class, compose_config(name, overrides, config_class), usage))
-            return
-        _check_names(overrides, config_class)
-        if not flags:
-            compose_config(name, overrides, config_class)
-    except UserError as error:
-        _exit_with(error)
-
-    def task(config: DictConfig) -> None:
-        try:
+        flags, overrides = _split_arguments(_without_launcher_arguments(sys.argv[1:]))
+        config = compose_config(name, quote_overrides(overrides, config_class), config_class)
+        if "--help" in flags:
+            print(help_text(config_class, config, usage))
+        elif "--cfg" in flags:
+            print(OmegaConf.to_yaml(config), end="")
+        else:
             # Names and headers of foreign files are printed all over: none of them reaches the terminal as it is.
             with redirect_stdout(EscapedStream(sys.stdout)):
                 main(to_dataclass(config, config_class))
-        except UserError as error:
-            _exit_with(error)
-
-    sys.argv = [sys.argv[0], *flags, *QUIET_HYDRA, *overrides]
-    hydra.main(config_path=str(config_folder()), config_name=name, version_base="1.3")(task)()
-
-
-def _exit_with(error: UserError) -> None:
-    print(f"error: {escaped(str(error))}", file=sys.stderr, flush=True)
-    raise SystemExit(USER_ERROR_STATUS)
+    except UserError as error:
+        print(f"error: {escaped(str(error))}", file=sys.stderr, flush=True)
+        raise SystemExit(USER_ERROR_STATUS) from None
 
 
 def _without_launcher_arguments(arguments: list[str]) -> list[str]:
@@ -113,13 +87,13 @@ def _without_launcher_arguments(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Flags (``--help`` and some of Hydra's) and overrides.
+def _split_arguments(arguments: list[str]) -> tuple[set[str], list[str]]:
+    """The flags ``--help`` and ``--cfg`` (print the composed config), and overrides.
 
     Raises:
         UserError: an unknown flag, or a word that is neither a flag nor ``name=value``.
     """
-    flags: list[str] = []
+    flags: set[str] = set()
     overrides: list[str] = []
     words = iter(arguments)
     for word in words:
@@ -129,8 +103,13 @@ def _split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
             if not Path(folder).is_dir():
                 raise UserError(f"--config-dir {folder}: no such folder; name one that holds exp/, model/ or the like")
             overrides.append(f"hydra.searchpath=['file://{Path(folder).resolve()}']")
-        elif flag in HYDRA_FLAGS:
-            flags += [word] if is_assigned or not HYDRA_FLAGS[flag] else [word, next(words, "")]
+        elif flag in ("--help", "-h"):
+            flags.add("--help")
+        elif flag in ("--cfg", "-c"):
+            part = value if is_assigned else next(words, "")
+            if part != "job":
+                raise UserError(f"--cfg {part}: write --cfg job")
+            flags.add("--cfg")
         elif word.startswith("-"):
             remedy = f"write {word.lstrip('-')}" if is_assigned else "options are written name=value"
             raise UserError(f"unknown option {word!r}; {remedy}; --help lists all options")

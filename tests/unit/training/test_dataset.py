@@ -9,7 +9,7 @@ from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.training.dataset import LatentDataset, MicroBatchPositions, collate, posterior_sample
 from exvideo_train.training.order import SampleOrder
-from tests.unit.latents.conftest import GEOMETRY, fill, fingerprint_of, store  # noqa: F401 (a fixture)
+from tests.unit.latents.conftest import GEOMETRY, fill, fingerprint_of
 
 PORTRAIT = Geometry(17, 48, 32, 8)
 
