@@ -11,15 +11,17 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from exvideo_train.config.experiment import LoraConfig
 from exvideo_train.errors import UserError
-from exvideo_train.extensions.adapter_file import Adapter
+from exvideo_train.extensions.adapter_file import Adapter, write_adapter
 from exvideo_train.extensions.peft_config import check_alpha
 from exvideo_train.randomness import generator_for
 
@@ -56,6 +58,39 @@ class LoraSettings:
             raise UserError(f"lora.dropout={self.dropout}: must be at least 0 and below 1")
         if not self.target_modules:
             raise UserError("lora.targets=[]: nothing would be trained; name at least one Linear, e.g. attn1.to_q")
+
+
+@dataclass(frozen=True)
+class LoraExtension:
+    """LoRA as an :class:`~exvideo_train.extensions.extension.Extension`."""
+
+    settings: LoraSettings
+    name: str = "lora"
+
+    @classmethod
+    def from_config(cls, config: LoraConfig) -> LoraExtension:
+        """Raises UserError for a value outside its range."""
+        return cls(LoraSettings(config.rank, config.alpha, tuple(config.targets), config.dropout))
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.settings.dropout > 0
+
+    def describe(self) -> str:
+        return f"LoRA rank {self.settings.rank}"
+
+    def attach(self, network: nn.Module, seed: int) -> None:
+        apply_lora(network, self.settings, seed)
+
+    def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        return lora_parameters(network)
+
+    def load(self, network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+        load_lora_state(network, tensors, source)
+
+    def write(self, path: Path, format: str, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+        settings = self.settings
+        write_adapter(path, format, tensors, settings.rank, settings.alpha, settings.target_modules, provenance)
 
 
 def apply_lora(backbone: nn.Module, settings: LoraSettings, seed: int) -> nn.Module:

@@ -65,12 +65,20 @@ class TrainingEngine:
     Args:
         model: backbone with LoRA, on this rank's device, already loaded with the weights to start from; DeepSpeed
             broadcasts rank 0's.
-        trainable: the LoRA parameters by published name, all fp32.
+        trainable: the trained parameters by published name, all fp32.
         config: the experiment.
         mesh: this rank's place.
+        weights_key: what the weights themselves are called among the states.
     """
 
-    def __init__(self, model: nn.Module, trainable: Mapping[str, nn.Parameter], config: Experiment, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        trainable: Mapping[str, nn.Parameter],
+        config: Experiment,
+        mesh: Mesh,
+        weights_key: str = "lora",
+    ) -> None:
         assert all(parameter.dtype == torch.float32 for parameter in trainable.values())
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
@@ -79,6 +87,7 @@ class TrainingEngine:
         _keep_quiet(deepspeed)
         optim = config.optim
         self.trainable = dict(trainable)
+        self.weights_key = weights_key
         self.mesh = mesh
         self._accumulation_steps = optim.accumulation_steps
         self._ema_decay = optim.ema_decay
@@ -170,8 +179,8 @@ class TrainingEngine:
         return all(bool(torch.isfinite(shard).all()) for shard in self._partitions())
 
     def state_keys(self) -> list[str]:
-        """Names of the full tensors kept for each parameter: "lora", the moments and, if kept, "ema"."""
-        return ["lora", *MOMENTS, *([EMA] if self._ema_decay else [])]
+        """Names of the full tensors kept for each parameter: the weights, the moments and, if kept, "ema"."""
+        return [self.weights_key, *MOMENTS, *([EMA] if self._ema_decay else [])]
 
     def gather_state(self, keys: list[str] | None = None) -> dict[str, dict[str, Tensor]]:
         """{key: {parameter name: full fp32 CPU tensor}} on rank 0, empty dicts elsewhere. Every rank must call it."""
@@ -181,7 +190,7 @@ class TrainingEngine:
         gathered: dict[str, dict[str, Tensor]] = {key: {} for key in keys}
         for name, parameter in self.trainable.items():
             for key in keys:
-                if key == "lora":
+                if key == self.weights_key:
                     tensor = safe_get_full_fp32_param(parameter)
                 else:
                     tensor = safe_get_full_optimizer_state(parameter, key)
@@ -196,7 +205,7 @@ class TrainingEngine:
         """Set moments, moving average and AdamW's step count.
 
         Args:
-            read: (key, parameter name) -> full fp32 tensor, called for every key but "lora" on every rank.
+            read: (key, parameter name) -> full fp32 tensor, called for every key but the weights' on every rank.
             num_updates: updates applied so far.
         """
         for name, parameter in self.trainable.items():
@@ -220,8 +229,8 @@ class TrainingEngine:
         safe_set_local_optimizer_state(parameter, padded[self.mesh.rank * length :][:length], key)
 
     @contextlib.contextmanager
-    def weights(self, key: str) -> Iterator[None]:
-        """Inside, the module holds the weights themselves ("lora") or their moving average ("ema"), in eval mode.
+    def weights(self, *, averaged: bool) -> Iterator[None]:
+        """Inside, the module holds the weights themselves or their moving average, in eval mode.
 
         Every rank must enter.
         """
@@ -231,7 +240,7 @@ class TrainingEngine:
         parameters = list(self.trainable.values())
         self.module.eval()
         kept: list[Tensor] = []
-        if key == EMA:
+        if averaged:
             averages = [safe_get_full_optimizer_state(parameter, EMA) for parameter in parameters]
             with zero.GatheredParameters(parameters, modifier_rank=0):
                 kept = [parameter.detach().clone() for parameter in parameters]
@@ -239,7 +248,7 @@ class TrainingEngine:
         try:
             yield
         finally:
-            if key == EMA:
+            if averaged:
                 with zero.GatheredParameters(parameters, modifier_rank=0):
                     _copy_into(parameters, kept)
             self.module.train()

@@ -22,13 +22,16 @@ class Applied:
     attention_kernel: str
 
 
-def parallelize(backbone: nn.Module, config: Experiment, mesh: Mesh, compute_dtype: torch.dtype) -> Applied:
+def parallelize(
+    backbone: nn.Module, config: Experiment, mesh: Mesh, compute_dtype: torch.dtype, has_dropout: bool = False
+) -> Applied:
     """Apply attention kernel, sequence parallelism, compilation, recomputation and autocast to a backbone with LoRA.
 
     Args:
         backbone: a network with ``blocks``, ``run_block``, ``own_tokens``, ``join_sequence`` and attention modules
             with ``attend`` (see :mod:`exvideo_train.models.registry`); changed in place.
         compute_dtype: what attention is computed in.
+        has_dropout: blocks draw random numbers, which recomputation must draw again alike.
 
     Raises:
         UserError: the choices do not fit the ranks, the heads or the device.
@@ -55,7 +58,7 @@ def parallelize(backbone: nn.Module, config: Experiment, mesh: Mesh, compute_dty
             block.compile()
 
     # 4. Recomputation last and outermost, so that it sees the block as it will run.
-    runner = block_runner(config.memory.recompute, has_dropout=config.lora.dropout > 0)
+    runner = block_runner(config.memory.recompute, has_dropout=has_dropout)
     if runner is not None:
         backbone.run_block = runner  # type: ignore[assignment]
 

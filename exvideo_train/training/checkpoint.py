@@ -1,7 +1,7 @@
 """Checkpoints: what is trained and nothing else, in safetensors and JSON, so that loading one can run no code.
 
     checkpoints/step_00000250/
-        lora.safetensors            fp32 adapter, published names
+        lora.safetensors            fp32 weights of what is trained (here a LoRA), published names
         exp_avg.safetensors         AdamW's moments, same names
         exp_avg_sq.safetensors
         ema.safetensors             if a moving average is kept
@@ -36,7 +36,9 @@ from exvideo_train.files import open_regular, parse_json, read_regular, read_saf
 
 FORMAT_VERSION = 1
 STEP_NAME = re.compile(r"step_(\d{8,12})")
-TENSOR_FILES = ("lora.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "ema.safetensors")
+# What a state may be called besides the weights, whose file has the name of what is trained.
+STATE_FILES = ("exp_avg.safetensors", "exp_avg_sq.safetensors", "ema.safetensors")
+_WEIGHTS_NAME = re.compile(r"[a-z][a-z_]{0,40}\.safetensors")
 _MAX_STATE_BYTES = 1 << 20
 STATE_FILE = "state.json"
 METRICS_FILE = "metrics.jsonl"
@@ -78,7 +80,7 @@ class Checkpoint:
     state: TrainingState
 
     def tensors(self, key: str) -> dict[str, Tensor]:
-        """All tensors of one file, fp32 on the CPU. ``key``: lora, exp_avg, exp_avg_sq or ema."""
+        """All tensors of one file, fp32 on the CPU. ``key``: of what is trained (lora), exp_avg, exp_avg_sq or ema."""
         with self.open(key) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
@@ -134,7 +136,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 open_regular(path / name).close()
                 if sha256_file(path / name) != digest:
                     raise CorruptCheckpoint(f"{path / name} differs from its checksum")
-            _check_tensors(path, [name for name in TENSOR_FILES if name in digests])
+            _check_tensors(path, digests)
     except (CorruptCheckpoint, UnreadableFile):
         raise
     except OSError as error:
@@ -176,15 +178,17 @@ def _check_state(content: Mapping[str, Any]) -> tuple[TrainingState, dict[str, s
     if content["state_sha256"] != _state_digest(state):
         raise ValueError(f"{STATE_FILE} differs from its checksum")
     digests = content["sha256"]
-    if not isinstance(digests, dict) or not {TENSOR_FILES[0]} <= digests.keys() <= {*TENSOR_FILES, METRICS_FILE}:
+    weights = digests.keys() - {*STATE_FILES, METRICS_FILE} if isinstance(digests, dict) else set()
+    if len(weights) != 1 or not all(_WEIGHTS_NAME.fullmatch(str(name)) for name in weights):
         raise ValueError(f"{STATE_FILE}: sha256={short(digests)} is not of a checkpoint's files")
     return state, digests
 
 
-def _check_tensors(path: Path, names: list[str]) -> None:
-    """All files hold finite fp32 tensors of the adapter's names and shapes, and no other file is there to be opened."""
-    if stray := [name for name in TENSOR_FILES if name not in names and os.path.lexists(path / name)]:
+def _check_tensors(path: Path, digests: Mapping[str, str]) -> None:
+    """All files hold finite fp32 tensors of the same names and shapes, and no other file is there to be opened."""
+    if stray := sorted(file.name for file in path.glob("*.safetensors") if file.name not in digests):
         raise ValueError(f"{stray[0]} has no checksum")
+    names = sorted(digests.keys() - {METRICS_FILE}, key=lambda name: (name in STATE_FILES, name))
     shapes = None
     for name in names:
         header = read_safetensors_header(path / name)

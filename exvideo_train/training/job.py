@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 from torch.utils.data import DataLoader
 
 from exvideo_train.config.commands import Train
 from exvideo_train.config.experiment import Dtype, Experiment
 from exvideo_train.errors import UserError
-from exvideo_train.extensions.lora import LoraSettings, apply_lora, load_lora_state, lora_parameters
+from exvideo_train.extensions.extension import Extension
+from exvideo_train.extensions.lora import LoraExtension
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import UnusableLatent
 from exvideo_train.latents.fingerprint import model_fingerprint
@@ -109,6 +109,7 @@ class Job:
     model_path: Path
     data: Data
     levels: NoiseLevels
+    extension: Extension
     engine: TrainingEngine
     applied: Applied
     checkpoint: Checkpoint | None
@@ -170,13 +171,7 @@ def check_options(config: Train) -> None:
     }.items():
         if not 0 <= share < 1:
             raise UserError(f"{name}={share}: must be at least 0 and below 1")
-    _ = lora_settings(config), geometries(config)
-
-
-def lora_settings(config: Experiment) -> LoraSettings:
-    """Size and place of the adapter; raises UserError for values out of range."""
-    lora = config.lora
-    return LoraSettings(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout)
+    _ = LoraExtension.from_config(config.lora), geometries(config)
 
 
 def geometries(config: Experiment) -> list[Geometry]:
@@ -260,23 +255,26 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
     beat("loading the backbone")
     dtype = training_dtypes(config.model.dtype)
     backbone = load_backbone(model_path, dtype, mesh.device)
-    mesh.main_first(lambda: apply_lora(backbone, lora_settings(config), config.seed))
+    extension = LoraExtension.from_config(config.lora)
+    mesh.main_first(lambda: extension.attach(backbone, config.seed))
     if checkpoint is not None:
-        load_lora_state(backbone, checkpoint.tensors("lora"), source=str(checkpoint.path))
+        extension.load(backbone, checkpoint.tensors(extension.name), source=str(checkpoint.path))
     backbone.train()
 
     # 3. Parallel forms, then the engine, which broadcasts rank 0's weights and shards the optimizer.
     beat("building the engine")
-    applied = mesh.main_first(lambda: parallelize(backbone, config, mesh, dtype))
+    applied = mesh.main_first(lambda: parallelize(backbone, config, mesh, dtype, extension.has_dropout))
     check_equal_weights(backbone, mesh)
-    engine = TrainingEngine(backbone, lora_parameters(backbone), config, mesh)
+    engine = TrainingEngine(backbone, extension.trained(backbone), config, mesh, extension.name)
     if checkpoint is not None:
         load_optimizer(engine, checkpoint)
     validator = _validator(config, mesh, data, levels, model_path, log, beat)
     resumed_from = checkpoint.state.resumed_from if checkpoint else ""
     if config.resume not in ("auto", "never"):
         resumed_from = str(Path(config.resume).resolve())
-    return Job(config, mesh, model_path, data, levels, engine, applied, checkpoint, validator, dtype, resumed_from)
+    return Job(
+        config, mesh, model_path, data, levels, extension, engine, applied, checkpoint, validator, dtype, resumed_from
+    )
 
 
 def load_optimizer(engine: TrainingEngine, checkpoint: Checkpoint) -> None:
@@ -405,7 +403,3 @@ def _check_shared_memory(num_workers: int, mesh: Mesh) -> None:
 
 def _start_worker(worker: int) -> None:
     obey_only_the_parent()
-
-
-def num_trainable(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in lora_parameters(model).values())

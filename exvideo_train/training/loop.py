@@ -15,7 +15,6 @@ from torch import Tensor
 
 from exvideo_train.config.commands import Train
 from exvideo_train.errors import UserError
-from exvideo_train.extensions.adapter_file import write_adapter
 from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.files import atomic_write_text
 from exvideo_train.locks import hold
@@ -29,7 +28,6 @@ from exvideo_train.training.job import (
     Job,
     batches,
     check_and_fetch_model,
-    num_trainable,
     plain_config,
     prepare,
 )
@@ -221,8 +219,8 @@ class Trainer:
         )
 
     def _seed_dropout(self, micro_step: int) -> None:
-        """LoRA dropout is a function of seed, step and rank, so that no random state needs saving."""
-        if self.config.lora.dropout:
+        """Dropout is a function of seed, step and rank, so that no random state needs saving."""
+        if self.job.extension.has_dropout:
             place = f"dropout/{micro_step}/{self.mesh.rank}"
             torch.manual_seed(generator_for(self.config.seed, place, self.step).initial_seed())
 
@@ -303,7 +301,7 @@ class Trainer:
         record = {}
         names = ["validation"] + (["validation_ema"] if self.config.optim.ema_decay and self.step else [])
         for name in names:
-            with self.engine.weights("ema" if name.endswith("ema") else "lora"):
+            with self.engine.weights(averaged=name.endswith("ema")):
                 result = validator.run(self.engine.module)
             record[name] = result.to_json()
             gap = "" if result.extension_gap is None else f", extension gap {result.extension_gap:.4f}"
@@ -333,14 +331,14 @@ class Trainer:
 
     def _start_samples(self) -> None:
         """Begin sample videos in a process of their own; whatever goes wrong there is told and harms nothing."""
-        tensors = self.engine.gather_state(["lora"])
+        tensors = self.engine.gather_state([self.job.extension.name])
         if not self.mesh.is_main:
             return
         adapter = self.run_dir / "samples" / f"step_{self.step:08d}" / ADAPTER_FILE
         try:
             validator = self.job.validator
             captions = validator.captions(2) if validator and not self.config.validation.sample_prompts else []
-            self._export(adapter, tensors["lora"], "raw")
+            self._export(adapter, tensors[self.job.extension.name], "raw")
             self.samples.start(adapter, captions)
         except (UserError, OSError) as error:
             self.logger.message(f"no sample videos at step {self.step}: {error}")
@@ -354,15 +352,14 @@ class Trainer:
         self.logger.close()
 
     def _write_results(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        self._export(self.run_dir / ADAPTER_FILE, tensors["lora"], "raw")
+        self._export(self.run_dir / ADAPTER_FILE, tensors[self.job.extension.name], "raw")
         if "ema" in tensors:
             self._export(self.run_dir / EMA_ADAPTER_FILE, tensors["ema"], "ema")
         self.writer.finish(raise_error=True)
 
     def _export(self, path: Path, tensors: dict[str, Tensor], weights: str) -> None:
-        lora = self.config.lora
         provenance = make_provenance(self.config.model.path, self.config.geometry, self.step, weights=weights)
-        write_adapter(path, "diffusers", tensors, lora.rank, lora.alpha, lora.targets, provenance)
+        self.job.extension.write(path, "diffusers", tensors, provenance)
 
     def describe(self) -> list[str]:
         """What will run, for the log."""
@@ -371,10 +368,11 @@ class Trainer:
             f"{len(ids)} clips of {g.name} ({n} a step)"
             for (g, ids), n in zip(data.buckets, data.order.samples_per_step, strict=True)
         )
+        num_trained = sum(parameter.numel() for parameter in self.engine.trainable.values())
         start = f"from step {self.step} ({self.job.checkpoint.path})" if self.job.checkpoint else "from step 0"
         return [
             f"model {self.config.model.path}, backbone {self.job.compute_dtype}, "
-            f"LoRA rank {self.config.lora.rank}: {num_trainable(self.engine.module):,} parameters in fp32",
+            f"{self.job.extension.describe()}: {num_trained:,} parameters in fp32",
             f"{mesh.world_size} ranks on {mesh.device.type} = {mesh.data_size} data x {mesh.sequence_size} sequence, "
             f"ZeRO-{self.config.memory.zero_stage}, recompute {self.config.memory.recompute.name}, "
             f"attention kernel {self.job.applied.attention_kernel}",
