@@ -41,7 +41,7 @@ def sample(config: Sample) -> None:
 
     from exvideo_train.extensions.adapter_file import read_adapter
     from exvideo_train.models.hub import resolve_model_path
-    from exvideo_train.sampling.output import SampleWriter, prepare_folder
+    from exvideo_train.sampling.output import SampleWriter, own_files, prepare_folder
     from exvideo_train.sampling.pipeline import Sampling, sample_videos
 
     adapter = read_adapter(Path(config.adapter)) if config.adapter else None
@@ -63,7 +63,7 @@ def sample(config: Sample) -> None:
     output = Path(config.output)
     prepare_folder(output)
     inputs = {"adapter": config.adapter, "prompts_file": config.prompts_file}
-    refuse_inputs("output", output.iterdir(), {name: [Path(path)] for name, path in inputs.items() if path})
+    refuse_inputs("output", own_files(output), {name: [Path(path)] for name, path in inputs.items() if path})
     print(f"{len(prompts)} prompts x {len(sampling.variants)} videos of {geometry.name} on {device}", flush=True)
     writer = SampleWriter(output, sampling)
     for video in sample_videos(sampling, prompts):

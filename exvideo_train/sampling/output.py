@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,13 @@ from exvideo_train.sampling.pipeline import SampledVideo, Sampling
 from exvideo_train.sampling.video import side_by_side, write_contact_sheet, write_mp4
 
 INDEX = "samples.json"
+_OUTPUT_NAME = re.compile(rf"\d{{3,}}_\w+\.(?:mp4|png)|{re.escape(INDEX)}")
 REMEDY = "try model.dtype=bf16 or fp32, adapter_scale=0.5 or an adapter of an earlier step"
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The files there that sampling into this folder could replace."""
+    return [path for path in folder.iterdir() if _OUTPUT_NAME.fullmatch(path.name)]
 
 
 def prepare_folder(folder: Path) -> None:
