@@ -112,7 +112,7 @@ def load_tokenizer(folder: Path, vocabulary_size: int) -> Any:
     fields = config_file.read_config(path)
     config_file.check_class(fields, "tokenizer_class", ("T5Tokenizer", "T5TokenizerFast", None), path)
     config_file.check_bounds(fields, {"extra_ids": (0, 10_000)}, path)
-    # A folder of checked copies: of the real one the library would also take files of names that it or a config knows.
+    # A folder of checked files: of the real one the library would also take files of names that it or a config knows.
     with tempfile.TemporaryDirectory(prefix="exvideo_tokenizer_") as name, _refused(folder):
         view = Path(name)
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -123,10 +123,10 @@ def load_tokenizer(folder: Path, vocabulary_size: int) -> Any:
             (view / "added_tokens.json").write_text(json.dumps(config_file.read_config(folder / "added_tokens.json")))
         for file, max_bytes in _VOCABULARY_BYTES.items():
             if (folder / file).exists():
-                content = read_regular(folder / file, max_bytes)
-                if not content:
+                if not read_regular(folder / file, max_bytes):
                     raise UserError(f"{folder / file} is empty; {FETCH}")
-                (view / file).write_bytes(content)
+                # A link, as a copy of megabytes could meet a full disk.
+                (view / file).symlink_to((folder / file).resolve())
         if not any((view / file).exists() for file in _VOCABULARY_BYTES):
             raise UserError(f"{folder}: has neither {' nor '.join(_VOCABULARY_BYTES)}; {FETCH}")
         tokenizer = T5Tokenizer.from_pretrained(view, local_files_only=True)
@@ -182,6 +182,11 @@ def _refused(source: Path) -> Iterator[None]:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
+    except OSError as error:
+        raise UserError(
+            f"model.path: {source} cannot be loaded ({error.strerror or error}); free space in "
+            f"{tempfile.gettempdir()}, or fetch the model again"
+        ) from error
     except Exception as error:  # (tokenizers raises Exception itself)
         first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(f"model.path: {source} cannot be loaded ({first_line[:300]}); fetch the model again") from error
