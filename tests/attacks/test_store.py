@@ -227,7 +227,7 @@ def test_training_goes_on_without_such_a_file(attack: Attack, store: LatentStore
     order = SampleOrder([6], [1], seed=0)
     ids = store.clip_ids(GEOMETRY)
     dataset = LatentDataset(
-        LatentStore.open(store.path), [(GEOMETRY, ids)], order, seed=0, num_train_timesteps=1000, caption_dropout=0.5
+        LatentStore.open(store.path), [(GEOMETRY, ids)], order, seed=0, num_levels=1000, caption_dropout=0.5
     )
     samples = [dataset[position] for position in range(6)]
     assert {clip_id for sample in samples for clip_id in sample.replaced} == {VICTIM.clip_id}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exvideo_train.backbones.cogvideox.encoders import load_tokenizer
-from exvideo_train.backbones.cogvideox.tiny_tokenizer import write_tokenizer
 from exvideo_train.clips.bounds import MAX_CAPTION_LETTERS, clean_caption
 from exvideo_train.clips.record import parse_record
 from exvideo_train.errors import UserError
+from exvideo_train.models.cogvideox.encoder_weights import load_tokenizer
+from exvideo_train.models.cogvideox.tiny_tokenizer import write_tokenizer
 from fuzz.datasets import CAPTION, RECORDS
 from fuzz.mutations import NASTY, Mutator, dumps
 from fuzz.running import Case, Rows, Target

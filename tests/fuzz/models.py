@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from exvideo_train.backbones.cogvideox.encoders import load_text_encoder, load_tokenizer, load_vae
-from exvideo_train.backbones.cogvideox.tiny import write_tiny_model
-from exvideo_train.backbones.registry import load_backbone
-from exvideo_train.diffusion.schedule import NoiseSchedule
 from exvideo_train.errors import UserError
 from exvideo_train.latents.fingerprint import read_text_length
-from exvideo_train.sampling.denoise import SamplerSettings, load_scheduler
+from exvideo_train.models.cogvideox.encoder_weights import load_text_encoder, load_tokenizer, load_vae
+from exvideo_train.models.cogvideox.objective import noise_levels
+from exvideo_train.models.cogvideox.sampler import SamplerSettings, load_scheduler
+from exvideo_train.models.cogvideox.tiny import write_tiny_model
+from exvideo_train.models.registry import load_backbone
 from fuzz.mutations import Mutator
 from fuzz.running import Case, Rows, Target
 from fuzz.weights import TensorFile
@@ -33,7 +33,7 @@ def model_folder(folder: Path) -> Case:
         "vae": lambda: load_vae(model / "vae", torch.float32),
         "tokenizer": lambda: load_tokenizer(model / "tokenizer", vocabulary),
         "scheduler": lambda: (
-            NoiseSchedule.from_model(model),
+            noise_levels(model),
             load_scheduler(model, sampler),
         ),
     }

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors import deserialize
 
-from exvideo_train.adapters.formats import read_adapter, write_adapter
 from exvideo_train.errors import UserError
+from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
 from exvideo_train.files import atomic_save_safetensors, read_safetensors_header
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import UnusableLatent

@@ -35,7 +35,7 @@ from golden import contents
 from golden.commands import REPOSITORY, environment, run_commands
 
 # The module that writes a tiny model: the one name of the package's inside.
-TINY_MODEL = "exvideo_train.backbones.cogvideox.tiny"
+TINY_MODEL = "exvideo_train.models.cogvideox.tiny"
 # One folder for all recordings: clip ids of source=folder are made of absolute paths.
 FOLDER = Path("/tmp/exvideo_train_golden")
 EXAMPLE = REPOSITORY / "examples" / "clips" / "bigbuckbunny.mp4"
