@@ -640,7 +640,7 @@ def test_scaling_factor(attack: Attack, tmp_path: Path) -> None:
 
 @attacks(
     [
-        refused("a list", b"[]", "config.json", "[] is no object"),
+        refused("a list", b"[]", "config.json", "holds a list, not an object"),
         refused("null", b"null", "config.json"),
         refused("nested deep", DEEP, "config.json"),
         refused("Latin-1", b'{"x": "\xe9"}', "config.json"),

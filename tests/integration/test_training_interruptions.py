@@ -16,11 +16,11 @@ import psutil
 import pytest
 import torch
 from support.ranks import REPOSITORY, TRAIN, Ranks, finished
-from support.store import SHORT
-from support.trained import SHORT_CLIPS, STEPS, Trained
+from support.trained import STEPS, Trained
 
 # Longer than any phase of the start takes on a busy machine.
 TIMEOUT_SECONDS = 12
+HANGING_TRAIN = REPOSITORY / "tests" / "support" / "hanging_store.py"
 
 
 def overrides(trained: Trained, name: str, *more: str) -> list[str | Path]:
@@ -125,8 +125,10 @@ def test_a_killed_launcher_ends_its_ranks_and_nobody_else_takes_their_folder(tra
     assert not (trained.run_dir("launcher") / "in_use").exists()
 
 
-def test_hanging_ranks_are_named_within_the_time_limit(trained: Trained, tmp_path: Path) -> None:
-    """A stopped process first; then a rank whose file system answers no more, a named pipe standing for it."""
+def test_hanging_ranks_are_named_within_the_time_limit(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped process first; then a rank whose file system answers no more."""
     command = overrides(trained, "hanging", "max_steps=100000", f"safety.rank_timeout_seconds={TIMEOUT_SECONDS}")
     with Ranks(command, 2, tmp_path / "stopped.log") as ranks:
         ranks.wait_for(lambda: last_step(trained, "hanging") >= 6, "sixth step")
@@ -136,20 +138,16 @@ def test_hanging_ranks_are_named_within_the_time_limit(trained: Trained, tmp_pat
         os.kill(ranks.processes[1].pid, signal.SIGCONT)
         assert ranks.processes[1].wait(30) != 0
 
-    store = tmp_path / "latents"
-    subprocess.run(["cp", "-r", str(trained.latents), str(store)], check=True)
-    folder = store / "clips" / SHORT.name
-    with Ranks([*command, f"latents={store}"], 2, tmp_path / "pipe.log") as ranks:
+    marker = tmp_path / "hang"
+    monkeypatch.setenv("STORE_HANGS_WHEN", str(marker))
+    with Ranks([HANGING_TRAIN, *command[1:]], 2, tmp_path / "waiting.log") as ranks:
         before = last_step(trained, "hanging")
         ranks.wait_for(lambda: last_step(trained, "hanging") > before, "step")
-        # One clip of the next step is read by one rank; the other waits for its gradients.
-        clip = next(folder.rglob(f"{SHORT_CLIPS[0]}.safetensors"))
-        clip.unlink()
-        os.mkfifo(clip)
+        marker.touch()
         statuses = ranks.wait(2 * TIMEOUT_SECONDS + 30)
         assert set(statuses) <= {74, 1}
         assert 74 in statuses
-        assert f"no progress for {TIMEOUT_SECONDS} s; furthest behind: rank " in ranks.output(), ranks.tail()
+        assert f"no progress for {TIMEOUT_SECONDS} s; furthest behind: rank 1" in ranks.output(), ranks.tail()
         assert "'reading data'" in ranks.output()
 
 
