@@ -23,7 +23,7 @@ class Applied:
 
 
 def parallelize(
-    backbone: nn.Module, config: Experiment, mesh: Mesh, compute_dtype: torch.dtype, has_dropout: bool = False
+    backbone: nn.Module, config: Experiment, mesh: Mesh, compute_dtype: torch.dtype, has_dropout: bool
 ) -> Applied:
     """Apply attention kernel, sequence parallelism, compilation, recomputation and autocast to a backbone with LoRA.
 
