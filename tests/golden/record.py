@@ -125,8 +125,7 @@ def main() -> int:
         # Recordings of two checkouts take turns: they share the folder.
         with open(FOLDER.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            content = record(FOLDER, options.parts)
-        options.file.write_text(json.dumps(content, indent=1) + "\n")
+            record(FOLDER, options.parts, options.file)
         return 0
     return compare(*options.files)
 
@@ -147,8 +146,11 @@ def compare(one: Path, other: Path) -> int:
     return int(differs)
 
 
-def record(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
-    """Everything, in a folder that is emptied first; or some parts, with what the folder holds of those before them."""
+def record(folder: Path, parts: Sequence[str], file: Path) -> None:
+    """Everything, in a folder that is emptied first; or some parts, with what the folder holds of those before them.
+
+    The file is written after each part, so that a command that fails costs only what comes after it.
+    """
     if not parts:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(exist_ok=True)
@@ -159,8 +161,8 @@ def record(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         # Stores, runs and videos name the folders in which they were made.
         content[part] = json.loads(json.dumps(PARTS[part](folder)).replace(str(folder), "FOLDER"))
+        file.write_text(json.dumps(content, indent=1) + "\n")
         print(f"{part}: {time.monotonic() - started:.0f} s", flush=True)
-    return content
 
 
 def about() -> dict[str, Any]:
