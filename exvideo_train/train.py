@@ -7,7 +7,7 @@ import sys
 
 from exvideo_train.config.commands import Train
 from exvideo_train.entry import run_command
-from exvideo_train.training.interruption import find_launchers
+from exvideo_train.training.interruption import end_process_after, find_launchers
 
 USAGE = """\
 Train a LoRA that extends a video diffusion model to longer videos, and export it.
@@ -34,7 +34,7 @@ def train(config: Train) -> None:
 
 
 def main() -> None:
-    run_command(Train, train, "train", USAGE)
+    end_process_after(lambda: run_command(Train, train, "train", USAGE))
 
 
 if __name__ == "__main__":

@@ -3,16 +3,20 @@ saved, and the exit status says "resume me"."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 import psutil
 
@@ -89,7 +93,8 @@ class Interruption:
 
     @property
     def reason(self) -> str:
-        return self._reason or "another rank was asked to stop"
+        """Why this rank was asked to stop; empty as long as it was not."""
+        return self._reason
 
 
 @cache
@@ -150,3 +155,30 @@ def _wait_for_the_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+def end_process_after(main: Callable[[], None]) -> NoReturn:
+    """Call ``main`` and end the process with its status, as the interpreter would, but without tearing it down.
+
+    A thread of gloo may still be giving back the last collective's tensors, for which it needs the interpreter's lock.
+    Asking a dying interpreter for it ends the thread by unwinding C++ that cannot be unwound: SIGABRT, and a run that
+    has finished looks like one that crashed.
+    """
+    status: int | str | None = 1
+    try:
+        main()
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    except BaseException:  # noqa: BLE001 (the interpreter, too, prints whatever it was)
+        traceback.print_exc()
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    # The end of an interpreter in its order: threads, then what was registered (wandb, readers of data), then output.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        # A console that is gone.
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))

@@ -141,9 +141,9 @@ class Trainer:
             if save:
                 self._save(wait=stop)
             if stop:
-                self.logger.message(
-                    f"stopped after step {self.step} ({self.interruption.reason}); the same command resumes"
-                )
+                # Rank 0 may hear of it last.
+                reason = next(filter(None, self.mesh.gather(self.interruption.reason)))
+                self.logger.message(f"stopped after step {self.step} ({reason}); the same command resumes")
                 self.logger.close()
                 return RESUME_STATUS
             if self._is_due(self.config.validation.sample_every_steps):

@@ -76,7 +76,7 @@ def test_stopped_three_ways_the_run_equals_an_undisturbed_one(trained: Trained, 
         ranks.wait_for(lambda: last_step(trained, "chain") > step, "step")
         os.kill(ranks.processes[1].pid, signal.SIGINT)
         assert ranks.wait(60) == [75, 75], ranks.tail()
-        assert "another rank was asked to stop" in ranks.output()
+        assert f"stopped after step {last_step(trained, 'chain')} (SIGINT); the same command resumes" in ranks.output()
 
     with Ranks(command, 2, tmp_path / "rest.log", launcher="torchrun") as ranks:
         finished(ranks)

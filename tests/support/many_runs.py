@@ -35,7 +35,7 @@ from exvideo_train.config.commands import Train
 from exvideo_train.entry import compose_config, to_dataclass
 from exvideo_train.errors import UserError
 from exvideo_train.parallel.mesh import Mesh, check_equal_weights, init_mesh
-from exvideo_train.training.interruption import Interruption
+from exvideo_train.training.interruption import Interruption, end_process_after
 from exvideo_train.training.job import Job, check_and_fetch_model, prepare
 from exvideo_train.training.loggers import RunLogger
 from exvideo_train.training.loop import Trainer
@@ -53,6 +53,10 @@ class StopAfter(Interruption):
     @property
     def requested(self) -> bool:
         return self.stop_after is not None and self.trainer is not None and self.trainer.step >= self.stop_after
+
+    @property
+    def reason(self) -> str:
+        return f"stop_after={self.stop_after}" if self.requested else ""
 
 
 class Recorder(Trainer):
@@ -212,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_process_after(main)

@@ -123,3 +123,74 @@ def test_readers_outlive_signals_but_not_their_rank(tmp_path: Path) -> None:
     assert output == "goes on\n"
     assert process.returncode == 0
     assert not psutil.pid_exists(reader) or psutil.Process(reader).status() == psutil.STATUS_ZOMBIE
+
+
+# Holds the interpreter's lock while gloo's thread waits for it, to give back a tensor that Python has let go of.
+LAST_COLLECTIVE = """
+import os, sys, time
+import torch, torch.distributed as dist
+from exvideo_train.training.interruption import end_process_after
+
+def main():
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(os.environ["RANK"]), world_size=2)
+    dist.barrier()
+    tensor = torch.ones(3)
+    tensor.keep = "its Python object"
+    work = dist.all_reduce(tensor, async_op=True)
+    del tensor, work
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        pass
+    print("said before the end")
+    sys.exit(2)
+
+sys.setswitchinterval(100)
+end_process_after(main)
+"""
+
+
+def test_a_rank_ends_with_its_status_while_gloo_still_gives_back_tensors(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LAST_COLLECTIVE, str(tmp_path / "store")],
+            env={**os.environ, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert said == ["said before the end\n"] * 2
+
+
+ENDS = """
+import atexit, sys, threading, time
+from exvideo_train.training.interruption import end_process_after
+
+def main():
+    atexit.register(print, "registered")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+    {end}
+
+end_process_after(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "error"),
+    [
+        ("pass", 0, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit(75)", 75, ""),
+        ("sys.exit('in words')", 1, "in words\n"),
+        ("raise ValueError('a mistake')", 1, "ValueError: a mistake"),
+        ("raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
+    ],
+)
+def test_a_process_ends_as_the_interpreter_would_end_it(end: str, status: int, error: str) -> None:
+    done = subprocess.run([sys.executable, "-c", ENDS.format(end=end)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status
+    assert done.stdout == "thread\nregistered\n"
+    assert error in done.stderr
+    assert ("Traceback" in done.stderr) == end.startswith("raise")
