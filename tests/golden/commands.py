@@ -102,6 +102,10 @@ def _run(command: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    from exvideo_train.training import interruption
+
+    # A rank ends its process; here the next command still needs it.
+    interruption.end_process_after = lambda main: main()
     jobs = json.load(sys.stdin)
     # Whatever a library prints must not come between the JSON.
     answer = os.dup(1)
