@@ -8,7 +8,7 @@ Both hold the same random weights (copied, made on the device), the same LoRA, b
 autocast and torch's AdamW, and are checked to give the same loss and the same gradient norm before anything is timed.
 The compared runs take turns within one process; a table of medians goes to OUTPUT.md and all figures to OUTPUT.json
 (benchmarks/results/step, or step_gpu for a GPU).
-What runs out of memory is a row that says OOM. FLOPs are exact (exvideo_train.planning.cost); TFLOP/s counts what is
+What runs out of memory is a row that says OOM. FLOPs are exact (exvideo_train.training.flops); TFLOP/s counts what is
 executed, recomputation included, MFU only what any implementation must compute.
 """
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from exvideo_train.config.experiment import LORA_TARGETS, AttentionKernel, LoraConfig, Recompute
 from exvideo_train.errors import UserError
-from exvideo_train.extensions.lora import LoraSettings, apply_lora
+from exvideo_train.extensions.lora import LoraExtension, LoraSettings, apply_lora
 from exvideo_train.files import atomic_write_json, atomic_write_text
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.noise_levels import squared_error
@@ -41,8 +41,8 @@ from exvideo_train.models.registry import FAMILIES
 from exvideo_train.parallel.activation_checkpointing import block_runner
 from exvideo_train.parallel.attention import choose_attention
 from exvideo_train.parallel.hardware import device_peak_flops
-from exvideo_train.planning.cost import StepFlops, training_flops_per_sample
 from exvideo_train.planning.trace import StepMeter
+from exvideo_train.training.flops import step_flops
 
 GIB = 2**30
 DTYPE = torch.bfloat16
@@ -262,9 +262,9 @@ class Benchmark:
     def geometry(self, frames: int) -> Geometry:
         return Geometry(frames, *(FULL_SIZE if self.on_gpu else SMALL_SIZE), 8)
 
-    def flops(self, frames: int, recompute: Recompute) -> StepFlops:
-        lora = LoraConfig(rank=self.rank, alpha=self.rank)
-        return training_flops_per_sample(self.config, lora, self.geometry(frames), recompute)
+    def flops(self, frames: int, recompute: Recompute) -> int:
+        lora = LoraExtension.from_config(LoraConfig(rank=self.rank, alpha=self.rank))
+        return sum(step_flops(FAMILIES[0], self.config, lora, self.geometry(frames), recompute))
 
     def check_same_work(self) -> dict[str, float]:
         """Loss and gradient norm of both on a short sample; raises AssertionError when they differ."""
@@ -279,10 +279,11 @@ class Benchmark:
     def run(self, frames: int, repeats: int) -> list[Row]:
         """All forms at one length, taking turns."""
         batch = make_batch(self.config, self.geometry(frames), self.device)
-        rows = []
-        for name, recompute, _ in FORMS:
-            flops = self.flops(frames, recompute or Recompute.full)
-            rows.append(Row(frames, name, flops=flops.total, necessary_flops=flops.forward + flops.backward))
+        flops = {policy: self.flops(frames, policy) for policy in Recompute}
+        rows = [
+            Row(frames, name, flops=flops[policy or Recompute.full], necessary_flops=flops[Recompute.none])
+            for name, policy, _ in FORMS
+        ]
         # The first two turns warm up and measure memory.
         for turn in range(-2, repeats):
             for row, form in zip(rows, FORMS, strict=True):

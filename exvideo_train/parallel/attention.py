@@ -8,7 +8,6 @@ Axis letters: B batch, N heads, S joint sequence, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from exvideo_train.config.experiment import AttentionKernel
 from exvideo_train.errors import UserError
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+from exvideo_train.parallel.sequence import Attend
 
 # cuDNN is the fastest on Hopper and newer, flash on Ampere; torch's own order knows which, from 2.11 on.
 BACKENDS = {
@@ -98,6 +96,12 @@ def _sdpa_with(backends: list[SDPBackend]) -> Attend:
             return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD)
 
     return attend
+
+
+def attend_by_shape(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
+    """A GPU's flash attention by its operator: for tensors without content, which no kernel runs on."""
+    output_BNSD: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q_BNSD, k_BNSD, v_BNSD)[0]
+    return output_BNSD
 
 
 # Operators as torch dispatches them, and what to call them.

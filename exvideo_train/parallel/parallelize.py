@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from exvideo_train.config.experiment import Experiment
+from exvideo_train.config.experiment import MemoryConfig
 from exvideo_train.parallel.activation_checkpointing import block_runner
 from exvideo_train.parallel.attention import choose_attention
 from exvideo_train.parallel.mesh import Mesh, check_mesh
-from exvideo_train.parallel.sequence import SequenceSplit
-
-
-@dataclass(frozen=True)
-class Applied:
-    """What was done, for the log."""
-
-    attention_kernel: str
+from exvideo_train.parallel.sequence import Attend, SequenceSplit
 
 
 def parallelize(
-    backbone: nn.Module, config: Experiment, mesh: Mesh, compute_dtype: torch.dtype, has_dropout: bool
-) -> Applied:
+    backbone: nn.Module,
+    memory: MemoryConfig,
+    mesh: Mesh,
+    compute_dtype: torch.dtype,
+    has_dropout: bool,
+    attend: Attend | None = None,
+) -> str:
     """Apply attention kernel, sequence parallelism, compilation, recomputation and autocast to a backbone with LoRA.
 
     Args:
@@ -32,6 +29,10 @@ def parallelize(
             with ``attend`` (see :mod:`exvideo_train.models.registry`); changed in place.
         compute_dtype: what attention is computed in.
         has_dropout: blocks draw random numbers, which recomputation must draw again alike.
+        attend: the attention to take instead of ``memory.attention``, unprobed: a plan has no device to run one on.
+
+    Returns:
+        The name of the attention kernel that runs, for the log.
 
     Raises:
         UserError: the choices do not fit the ranks, the heads or the device.
@@ -41,7 +42,9 @@ def parallelize(
     check_mesh(mesh.world_size, mesh.sequence_size, num_heads)
 
     # 1. The kernel first: the all-to-all wraps it.
-    attend, kernel = choose_attention(config.memory.attention, mesh.device, compute_dtype, num_heads, head_dim)
+    kernel = "given"
+    if attend is None:
+        attend, kernel = choose_attention(memory.attention, mesh.device, compute_dtype, num_heads, head_dim)
 
     # 2. Sequence parallelism trades tokens for heads around the kernel, inside what is recomputed.
     if mesh.sequence_group is not None:
@@ -53,12 +56,12 @@ def parallelize(
         attention.attend = attend  # type: ignore[assignment]
 
     # 3. Compilation before recomputation: a compiled block inside a checkpoint keeps the policy's view of operators.
-    if config.memory.compile:
+    if memory.compile:
         for block in backbone.blocks:  # type: ignore[union-attr]
             block.compile()
 
     # 4. Recomputation last and outermost, so that it sees the block as it will run.
-    runner = block_runner(config.memory.recompute, has_dropout=has_dropout)
+    runner = block_runner(memory.recompute, has_dropout=has_dropout)
     if runner is not None:
         backbone.run_block = runner  # type: ignore[assignment]
 
@@ -66,4 +69,4 @@ def parallelize(
     if compute_dtype != torch.float32:
         autocast = torch.autocast(mesh.device.type, dtype=compute_dtype)
         backbone.forward = autocast(backbone.forward)  # type: ignore[method-assign]
-    return Applied(kernel)
+    return kernel

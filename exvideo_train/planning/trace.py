@@ -27,13 +27,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from exvideo_train.config.experiment import Recompute
+from exvideo_train.config.experiment import MemoryConfig, Recompute
 from exvideo_train.extensions.lora import LoraSettings, apply_lora
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.family import BackboneFamily
 from exvideo_train.models.noise_levels import squared_error
-from exvideo_train.parallel.activation_checkpointing import block_runner
-from exvideo_train.parallel.sequence import Attend, SequenceSplit
+from exvideo_train.parallel.attention import attend_by_shape
+from exvideo_train.parallel.mesh import Mesh
+from exvideo_train.parallel.parallelize import parallelize
+from exvideo_train.training.flops import empty_inputs
 
 # CUDA's caching allocator hands out multiples of this many bytes (c10/cuda/CUDACachingAllocator, kMinBlockSize).
 ALLOCATION_BYTES = 512
@@ -136,7 +138,13 @@ def trace_blocks(work: Work, num_blocks: int) -> StepTrace:
     with _TRACING, _stand_in_ranks(work.sequence_size) as group, FakeTensorMode():
         _place_on_fake_cpu(model)
         model.train()
-        _hang_hooks(model, work, group)
+        mesh = Mesh(0, work.sequence_size, work.sequence_size, torch.device("cpu"), group)
+        memory = MemoryConfig(recompute=work.recompute)
+        parallelize(model, memory, mesh, work.compute_dtype, has_dropout=False, attend=_ATTENDS[work.kernel])
+        for parameter in model.parameters():
+            # Gradients are the optimizer's to account for: ZeRO decides where they live and how long.
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
         return _run(model, work)
 
 
@@ -148,33 +156,8 @@ def _place_on_fake_cpu(model: nn.Module) -> None:
             setattr(module, name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
 
 
-def _hang_hooks(model: nn.Module, work: Work, group: dist.ProcessGroup | None) -> None:
-    """What :func:`exvideo_train.parallel.parallelize.parallelize` does, with a kernel that needs no device."""
-    attend: Attend = {TracedKernel.fused: _attend_fused, TracedKernel.math: _attend_math}[work.kernel]
-    if group is not None:
-        split = SequenceSplit(group)
-        attend = split.attend_with(attend)
-        model.own_tokens = split.own_tokens  # type: ignore[assignment]
-        model.join_sequence = split.join  # type: ignore[assignment]
-    for module in model.modules():
-        if hasattr(module, "attend"):
-            module.attend = attend  # type: ignore[assignment]
-    runner = block_runner(work.recompute, has_dropout=False)
-    if runner is not None:
-        model.run_block = runner  # type: ignore[assignment]
-    for parameter in model.parameters():
-        # Gradients are the optimizer's to account for: ZeRO decides where they live and how long.
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
-
-
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-def _attend_fused(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
-    output_BNSD: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q_BNSD, k_BNSD, v_BNSD)[0]
-    return output_BNSD
 
 
 def _attend_math(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
@@ -182,24 +165,15 @@ def _attend_math(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
     return scores_BNSS.softmax(dim=-1).to(v_BNSD.dtype) @ v_BNSD
 
 
+_ATTENDS = {TracedKernel.fused: attend_by_shape, TracedKernel.math: _attend_math}
+
+
 def _run(model: nn.Module, work: Work) -> StepTrace:
-    geometry, family = work.geometry, work.family
-    shape = (
-        work.batch_size,
-        geometry.num_latent_frames,
-        work.config.in_channels,
-        geometry.latent_height,
-        geometry.latent_width,
-    )
     meter = StepMeter()
-    autocast = torch.autocast("cpu", dtype=work.compute_dtype, enabled=work.compute_dtype != torch.float32)
     with meter:
-        noisy_BTCHW, target_BTCHW = torch.empty(shape), torch.empty(shape)
-        text_BLC = torch.empty(work.batch_size, family.text_length(work.config), work.config.text_embed_dim)
-        timesteps_B = torch.zeros(work.batch_size, dtype=torch.int64)
-        with autocast:
-            prediction_BTCHW = model(noisy_BTCHW, timesteps_B, text_BLC)
-            loss = squared_error(prediction_BTCHW, target_BTCHW).mean
+        inputs = empty_inputs(work.family, work.config, work.geometry, work.batch_size)
+        prediction_BTCHW, target_BTCHW = model(*inputs), torch.empty_like(inputs[0])
+        loss = squared_error(prediction_BTCHW, target_BTCHW).mean
         del prediction_BTCHW
         forward_flops, forward_peak_bytes, kept_bytes = meter.flops, meter.peak_bytes, meter.live_bytes
         meter.peak_bytes = kept_bytes

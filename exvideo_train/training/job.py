@@ -32,10 +32,10 @@ from exvideo_train.models.registry import backbone_config, backbone_family, load
 from exvideo_train.parallel.engine import TrainingEngine
 from exvideo_train.parallel.hardware import device_peak_flops
 from exvideo_train.parallel.mesh import Mesh, check_equal_weights
-from exvideo_train.parallel.parallelize import Applied, parallelize
-from exvideo_train.planning.cost import training_flops_per_sample
+from exvideo_train.parallel.parallelize import parallelize
 from exvideo_train.training.checkpoint import Checkpoint, check_same_run, find_checkpoint
 from exvideo_train.training.dataset import LatentDataset, MicroBatchPositions, TrainingBatch, collate
+from exvideo_train.training.flops import step_flops
 from exvideo_train.training.interruption import obey_only_the_parent, stop_signals_held
 from exvideo_train.training.order import SampleOrder, samples_within_budget, split_held_out
 from exvideo_train.training.validation import Validator
@@ -111,7 +111,7 @@ class Job:
     levels: NoiseLevels
     extension: Extension
     engine: TrainingEngine
-    applied: Applied
+    attention_kernel: str
     checkpoint: Checkpoint | None
     validator: Validator | None
     compute_dtype: torch.dtype
@@ -127,9 +127,8 @@ class Job:
     @cache  # noqa: B019 (a process has one job)
     def flops_per_sample(self, geometry: Geometry) -> float:
         """FLOPs that one sample's forward and backward pass need; recomputation is work, but no progress."""
-        config = backbone_config(self.model_path)
-        flops = training_flops_per_sample(config, self.config.lora, geometry, self.config.memory.recompute)
-        return flops.forward + flops.backward
+        family, config = backbone_family(self.model_path), backbone_config(self.model_path)
+        return sum(step_flops(family, config, self.extension, geometry))
 
 
 def plain_config(config: Experiment) -> dict[str, Any]:
@@ -263,7 +262,7 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
 
     # 3. Parallel forms, then the engine, which broadcasts rank 0's weights and shards the optimizer.
     beat("building the engine")
-    applied = mesh.main_first(lambda: parallelize(backbone, config, mesh, dtype, extension.has_dropout))
+    kernel = mesh.main_first(lambda: parallelize(backbone, config.memory, mesh, dtype, extension.has_dropout))
     check_equal_weights(backbone, mesh)
     engine = TrainingEngine(backbone, extension.trained(backbone), config, mesh, extension.name)
     if checkpoint is not None:
@@ -273,7 +272,7 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
     if config.resume not in ("auto", "never"):
         resumed_from = str(Path(config.resume).resolve())
     return Job(
-        config, mesh, model_path, data, levels, extension, engine, applied, checkpoint, validator, dtype, resumed_from
+        config, mesh, model_path, data, levels, extension, engine, kernel, checkpoint, validator, dtype, resumed_from
     )
 
 

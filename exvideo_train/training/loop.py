@@ -375,7 +375,7 @@ class Trainer:
             f"{self.job.extension.describe()}: {num_trained:,} parameters in fp32",
             f"{mesh.world_size} ranks on {mesh.device.type} = {mesh.data_size} data x {mesh.sequence_size} sequence, "
             f"ZeRO-{self.config.memory.zero_stage}, recompute {self.config.memory.recompute.name}, "
-            f"attention kernel {self.job.applied.attention_kernel}",
+            f"attention kernel {self.job.attention_kernel}",
             f"{samples}; {len(data.held_out)} held out",
             f"{start} to {self.config.max_steps} in {self.run_dir}",
         ]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from exvideo_train.config.experiment import LORA_TARGETS, LoraConfig, Recompute
-from exvideo_train.extensions.lora import apply_lora
+from exvideo_train.config.experiment import LORA_TARGETS, MemoryConfig, Recompute
+from exvideo_train.extensions.lora import LoraExtension, LoraSettings
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.registry import FAMILIES
-from exvideo_train.parallel.activation_checkpointing import block_runner
-from exvideo_train.planning.cost import lora_settings, training_flops_per_sample
+from exvideo_train.parallel.mesh import Mesh
+from exvideo_train.parallel.parallelize import parallelize
 from exvideo_train.planning.trace import StepMeter, TracedKernel, Work, trace_blocks, trace_step
+from exvideo_train.training.flops import empty_inputs, step_flops
 
 FAMILY = FAMILIES[0]
 ATEN = torch.ops.aten
@@ -28,6 +31,10 @@ CPU_ATTENTION = {
 }
 GEOMETRIES = [Geometry(9, 32, 48, 8), Geometry(25, 48, 32, 8), Geometry(129, 16, 16, 8)]
 NOT_NORM1 = [name for name in LORA_TARGETS if name != "norm1.linear"]
+
+
+def lora_of(rank: int, targets: Sequence[str] = LORA_TARGETS) -> LoraExtension:
+    return LoraExtension(LoraSettings(rank, rank, tuple(targets)))
 
 
 def small_config(rotary: bool, num_layers: int = 5) -> Any:
@@ -43,22 +50,30 @@ def small_config(rotary: bool, num_layers: int = 5) -> Any:
     )
 
 
-def count_on_cpu(config: Any, lora: LoraConfig, geometry: Geometry, recompute: Recompute) -> tuple[int, int]:
-    """FLOPs of a real forward and of a real backward pass, fp32 on the CPU."""
-    model = apply_lora(FAMILY.build(config), lora_settings(lora), seed=0)
-    model.train()
-    runner = block_runner(recompute, has_dropout=False)
-    if runner is not None:
-        model.run_block = runner
-    latents_BTCHW = torch.randn(
-        1, geometry.num_latent_frames, config.in_channels, geometry.latent_height, geometry.latent_width
-    )
-    text_BLC = torch.randn(1, config.max_text_seq_length, config.text_embed_dim)
+def on_cpu(config: Any, lora: LoraExtension, recompute: Recompute) -> nn.Module:
+    """The network as a step runs it, fp32, with real weights."""
+    network = FAMILY.build(config)
+    lora.attach(network, seed=0)
+    mesh = Mesh(0, 1, 1, torch.device("cpu"))
+    parallelize(network, MemoryConfig(recompute=recompute), mesh, torch.float32, has_dropout=False)
+    return network.train()
+
+
+def count_on_cpu(config: Any, lora: LoraExtension, geometry: Geometry, recompute: Recompute) -> tuple[int, int]:
+    """FLOPs of a real forward and of a real backward pass."""
+    network = on_cpu(config, lora, recompute)
+    latents_BTCHW, told_B, text_BLC = empty_inputs(FAMILY, config, geometry)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as forward:
-        loss = model(latents_BTCHW, torch.tensor([3]), text_BLC).square().mean()
+        loss = network(latents_BTCHW.normal_(), told_B, text_BLC.normal_()).square().mean()
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as backward:
         loss.backward()
     return forward.get_total_flops(), backward.get_total_flops()
+
+
+def traced(config: Any, lora: LoraExtension, geometry: Geometry, recompute: Recompute) -> tuple[int, int]:
+    """What a plan says of the same step."""
+    trace = trace_step(Work(FAMILY, config, lora.settings, geometry, recompute))
+    return trace.forward_flops, trace.backward_flops
 
 
 CASES = [
@@ -79,39 +94,40 @@ CASES = [
 def test_flops_equal_those_counted_on_real_tensors(
     rotary: bool, recompute: Recompute, targets: list[str], geometry: Geometry
 ) -> None:
-    config, lora = small_config(rotary), LoraConfig(rank=4, alpha=4, targets=targets)
-    flops = training_flops_per_sample(config, lora, geometry, recompute)
-    assert (flops.forward, flops.recomputed + flops.backward) == count_on_cpu(config, lora, geometry, recompute)
+    config, lora = small_config(rotary), lora_of(4, targets)
+    counted = count_on_cpu(config, lora, geometry, recompute)
+    assert step_flops(FAMILY, config, lora, geometry, recompute) == counted
+    assert traced(config, lora, geometry, recompute) == counted
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 8])
 def test_flops_at_any_depth(num_layers: int) -> None:
-    config, lora, geometry = small_config(True, num_layers), LoraConfig(rank=2, alpha=2), GEOMETRIES[0]
-    flops = training_flops_per_sample(config, lora, geometry, Recompute.none)
-    assert (flops.forward, flops.backward) == count_on_cpu(config, lora, geometry, Recompute.none)
+    config, lora, geometry = small_config(True, num_layers), lora_of(2), GEOMETRIES[0]
+    counted = count_on_cpu(config, lora, geometry, Recompute.none)
+    assert step_flops(FAMILY, config, lora, geometry) == traced(config, lora, geometry, Recompute.none) == counted
 
 
 def test_policies_differ_by_what_they_recompute() -> None:
-    config, lora = small_config(rotary=True), LoraConfig(rank=4, alpha=4)
-    none, full, keep = (
-        training_flops_per_sample(config, lora, GEOMETRIES[0], policy)
+    config = small_config(rotary=True)
+    (forward, none), (_, full), (_, keep) = (
+        step_flops(FAMILY, config, lora_of(4), GEOMETRIES[0], policy)
         for policy in (Recompute.none, Recompute.full, Recompute.keep_attention)
     )
-    assert none.recomputed == 0
-    assert none.backward == full.backward == keep.backward
     attention = config.num_layers * FAMILY.attention_flops(config, GEOMETRIES[0])
-    assert full.recomputed - keep.recomputed == attention
+    assert full - keep == attention
+    assert attention < full - none < forward
 
 
-def test_forward_equals_the_closed_form_at_full_size() -> None:
-    """Two independent ways: a trace of the network, and the family's formula. 1.47e15 at 129 frames of 480x720."""
-    config, geometry = FAMILY.published_config("zai-org/CogVideoX-5b"), Geometry(129, 480, 720, 8)
-    flops = training_flops_per_sample(config, LoraConfig(), geometry, Recompute.full)
+def test_flops_at_full_size_by_three_independent_ways() -> None:
+    """torch's count, a plan's trace, and the family's formula. 1.47e15 forward at 129 frames of 480x720."""
+    config, geometry, lora = FAMILY.published_config("zai-org/CogVideoX-5b"), Geometry(129, 480, 720, 8), lora_of(64)
+    forward, backward = step_flops(FAMILY, config, lora, geometry)
     closed = FAMILY.forward_flops(config, geometry) + FAMILY.lora_forward_flops(config, geometry, 64, LORA_TARGETS)
-    assert flops.forward == closed
-    assert flops.total == pytest.approx(5.99e15, rel=1e-3)
-    keep = training_flops_per_sample(config, LoraConfig(), geometry, Recompute.keep_attention)
-    assert keep.total / flops.total == pytest.approx(0.827, abs=1e-3)
+    assert forward == closed
+    assert traced(config, lora, geometry, Recompute.none) == (forward, backward)
+    full, keep = (sum(traced(config, lora, geometry, policy)) for policy in (Recompute.full, Recompute.keep_attention))
+    assert full == pytest.approx(5.99e15, rel=1e-3)
+    assert keep / full == pytest.approx(0.827, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -123,13 +139,13 @@ def test_forward_equals_the_closed_form_at_full_size() -> None:
     ],
 )
 def test_a_trace_of_three_blocks_tells_all_of_a_deeper_one(recompute: Recompute, kernel: TracedKernel) -> None:
-    work = Work(FAMILY, small_config(True, 6), lora_settings(LoraConfig(4, 4)), GEOMETRIES[1], recompute, kernel=kernel)
+    work = Work(FAMILY, small_config(True, 6), lora_of(4).settings, GEOMETRIES[1], recompute, kernel=kernel)
     assert trace_step(work) == trace_blocks(work, 6)
 
 
 def test_ranks_of_a_sequence_group_share_flops_and_memory() -> None:
     geometry = Geometry(49, 64, 64, 8)
-    work = Work(FAMILY, small_config(True, 3), lora_settings(LoraConfig(4, 4)), geometry, Recompute.none)
+    work = Work(FAMILY, small_config(True, 3), lora_of(4).settings, geometry, Recompute.none)
     whole, half = trace_step(work), trace_step(dataclasses.replace(work, sequence_size=2))
     assert half.forward_flops / whole.forward_flops == pytest.approx(0.5, abs=0.02)
     assert half.kept_bytes / whole.kept_bytes == pytest.approx(0.5, abs=0.1)
@@ -154,37 +170,32 @@ def test_meter_of_a_step_sees_what_is_freed() -> None:
 @pytest.mark.parametrize("recompute", list(Recompute), ids=lambda policy: policy.name)
 def test_memory_of_a_trace_is_that_of_the_same_step_on_real_tensors(recompute: Recompute) -> None:
     """Live and peak bytes of a real fp32 CPU step, to the little that CPU kernels save differently."""
-    config, lora, geometry = small_config(True), LoraConfig(4, 4), Geometry(49, 64, 64, 8)
-    traced = trace_step(
+    config, lora, geometry = small_config(True), lora_of(4), Geometry(49, 64, 64, 8)
+    trace = trace_step(
         Work(
             FAMILY,
             config,
-            lora_settings(lora),
+            lora.settings,
             geometry,
             recompute,
             compute_dtype=torch.float32,
             weights_dtype=torch.float32,
         )
     )
-    model = apply_lora(FAMILY.build(config), lora_settings(lora), seed=0)
-    model.train()
-    runner = block_runner(recompute, has_dropout=False)
-    if runner is not None:
-        model.run_block = runner
-    for parameter in model.parameters():
+    network = on_cpu(config, lora, recompute)
+    for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with StepMeter() as meter:
-        shape = (1, geometry.num_latent_frames, config.in_channels, geometry.latent_height, geometry.latent_width)
-        latents_BTCHW, target_BTCHW = torch.randn(shape), torch.randn(shape)
-        text_BLC = torch.randn(1, config.max_text_seq_length, config.text_embed_dim)
-        prediction_BTCHW = model(latents_BTCHW, torch.tensor([3]), text_BLC)
+        latents_BTCHW, told_B, text_BLC = empty_inputs(FAMILY, config, geometry)
+        target_BTCHW = torch.randn_like(latents_BTCHW)
+        prediction_BTCHW = network(latents_BTCHW.normal_(), told_B, text_BLC.normal_())
         loss = (prediction_BTCHW.float() - target_BTCHW.float()).square().mean(dim=(2, 3, 4)).mean()
         del prediction_BTCHW
         kept_bytes = meter.live_bytes
         meter.peak_bytes = 0
         loss.backward()
-    assert traced.kept_bytes == pytest.approx(kept_bytes, rel=0.02)
-    assert traced.backward_peak_bytes == pytest.approx(meter.peak_bytes, rel=0.02)
+    assert trace.kept_bytes == pytest.approx(kept_bytes, rel=0.02)
+    assert trace.backward_peak_bytes == pytest.approx(meter.peak_bytes, rel=0.02)
     # The real step also draws its inputs and uses the CPU's attention.
-    assert traced.moved_bytes == pytest.approx(meter.moved_bytes, rel=0.08)
+    assert trace.moved_bytes == pytest.approx(meter.moved_bytes, rel=0.08)

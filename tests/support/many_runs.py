@@ -121,14 +121,14 @@ def dtypes(model: nn.Module) -> dict[str, list[str]]:
 def count_flops_once() -> None:
     """Counting FLOPs traces a step, every time a job is made; the runs here share a few geometries."""
     counted: dict[str, Any] = {}
-    count = job_module.training_flops_per_sample
+    count = job_module.step_flops
 
     def count_once(*args: Any) -> Any:
         if repr(args) not in counted:
             counted[repr(args)] = count(*args)
         return counted[repr(args)]
 
-    job_module.training_flops_per_sample = count_once
+    job_module.step_flops = count_once
 
 
 def notices_unequal_weights(job: Job) -> bool:

@@ -27,7 +27,7 @@ config = Experiment()
 backbone = load_backbone(Path(sys.argv[1]), torch.bfloat16)
 apply_lora(backbone, LoraSettings(4, 4.0, tuple(config.lora.targets)), seed=0)
 backbone.train()
-parallelize(backbone, config, mesh, torch.bfloat16, has_dropout=False)
+parallelize(backbone, config.memory, mesh, torch.bfloat16, has_dropout=False)
 engine = TrainingEngine(backbone, lora_parameters(backbone), config, mesh)
 seen = set()
 layer = backbone.blocks[0].attn1.to_q.lora_A["default"]

@@ -50,7 +50,7 @@ def gradients(model: Path, mesh: Mesh, recompute: str) -> tuple[Tensor, dict[str
             if "lora_B" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     backbone.train()
-    parallelize(backbone, config, mesh, torch.float32, has_dropout=False)
+    parallelize(backbone, config.memory, mesh, torch.float32, has_dropout=False)
     sample = torch.Generator().manual_seed(1 + mesh.data_rank)
     latents = torch.randn(2, 5, 16, 8, 12, generator=sample)
     text = torch.randn(2, TEXT_TOKENS, 32, generator=sample)
