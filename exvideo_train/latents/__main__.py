@@ -13,8 +13,8 @@ from pathlib import Path
 from exvideo_train.config.latents import InspectLatents, StoreAction
 from exvideo_train.entry import run_command
 from exvideo_train.errors import UserError
-from exvideo_train.latents.inside import LINK_REMEDY, UNREADABLE_REMEDY, exists_inside
 from exvideo_train.latents.store import LatentStore
+from exvideo_train.latents.untrusted import LINK_REMEDY, UNREADABLE_REMEDY, exists_inside
 
 
 def inspect_latents(config: InspectLatents) -> None:
@@ -31,7 +31,7 @@ def inspect_latents(config: InspectLatents) -> None:
 
 
 def _verify(config: InspectLatents, store: LatentStore) -> None:
-    from exvideo_train.latents.verification import verify_store
+    from exvideo_train.latents.inspection import verify_store
 
     found = verify_store(store, config.repair, config.num_workers)
     print(found.describe())

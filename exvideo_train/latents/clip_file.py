@@ -1,4 +1,7 @@
-"""One file of a latent store: safetensors, what it says of itself in its header, and a digest of its tensors.
+"""One file of a latent store, and its line in the index.
+
+safetensors with what the file says of itself in the header, and a digest of the tensors. The index has a line of JSON a
+file, sorted; it is rewritten whole, never appended.
 
 Latent files come from strangers too: the header is held against what the store promises before a tensor is read.
 Axis letters: C channel, T latent frames, H height, W width, L text tokens.
@@ -10,27 +13,47 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exvideo_train.errors import UnreadableFile, UserError
-from exvideo_train.files import parse_json, read_regular, read_safetensors_header, short
-from exvideo_train.latents.fields import CLIP_ID, COUNT, RATE, SHA256, TEXT, Kind, check_fields
-from exvideo_train.latents.inside import UNREADABLE_REMEDY, check_inside
+from exvideo_train.files import open_regular, parse_json, read_regular, read_safetensors_header, short
+from exvideo_train.latents.untrusted import (
+    CLIP_ID,
+    COUNT,
+    RATE,
+    SHA256,
+    TEXT,
+    UNREADABLE_REMEDY,
+    Kind,
+    check_fields,
+    check_inside,
+    exists_inside,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from exvideo_train.clips.record import ClipRecord
 
 # safetensors writes metadata in the order of a randomly seeded hash map: only with a single key are files
 # of equal content equal bytes.
 METADATA_KEY = "exvideo_train"
 # A bound for axes that nothing in the store fixes; published models have 16 latent and 4096 text channels.
 MAX_CHANNELS = 1 << 16
+_MAX_LINE_BYTES = 1 << 16
 _DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _CONTENT: dict[str, Kind] = {"caption": TEXT, "sha256": SHA256}
 _CLIP_CONTENT: dict[str, Kind] = {**_CONTENT, "clip_id": CLIP_ID, "geometry": TEXT, "fingerprint": TEXT}
-_CLIP_OPTIONAL: dict[str, Kind] = {"sampling_fps": RATE, "num_tokens_cut": COUNT, "decord_refusal": TEXT}
+_OPTIONAL: dict[str, Kind] = {"sampling_fps": RATE, "num_tokens_cut": COUNT, "decord_refusal": TEXT}
+_LINE: dict[str, Kind] = {
+    "geometry": TEXT,
+    "clip_id": CLIP_ID,
+    "num_bytes": COUNT,
+    "sha256": SHA256,
+    "caption_sha256": TEXT,
+}
 
 
 class UnusableLatent(UserError):
@@ -157,7 +180,7 @@ def read_header(root: Path, path: Path, rules: Mapping[str, TensorRule], is_clip
             content = check_fields(
                 parse_json(metadata[METADATA_KEY]),
                 _CLIP_CONTENT if is_clip else _CONTENT,
-                _CLIP_OPTIONAL if is_clip else None,
+                _OPTIONAL if is_clip else None,
             )
         except ValueError as error:
             raise ValueError(f"metadata {METADATA_KEY}: {error}") from None
@@ -203,3 +226,92 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} has infinite or NaN values")
+
+
+@dataclass(frozen=True, order=True)
+class IndexEntry:
+    """One latent file.
+
+    Attributes:
+        sha256: of its tensors.
+        caption_sha256: of its caption, short.
+        sampling_fps: the clip's own rate, None for the geometry's.
+        num_tokens_cut: tokens at the caption's end that the text encoder has not read, None for none.
+        decord_refusal: why PyAV decoded the clip although its fingerprint's decoder is decord, None if it did not.
+    """
+
+    geometry: str
+    clip_id: str
+    num_bytes: int
+    sha256: str
+    caption_sha256: str
+    sampling_fps: float | None = None
+    num_tokens_cut: int | None = None
+    decord_refusal: str | None = None
+
+    def is_of(self, record: ClipRecord) -> bool:
+        """Whether the file holds the record as it is now. Its id covers video and span; the rest may change."""
+        return self.caption_sha256 == caption_digest(record.caption) and self.sampling_fps == record.sampling_fps
+
+    def to_json(self) -> str:
+        """One line of the index without its newline."""
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, sort_keys=True)
+
+
+def caption_digest(caption: str) -> str:
+    """Short hex digest of a caption: a changed caption needs its clip encoded again."""
+    return hashlib.sha256(caption.encode()).hexdigest()[:16]
+
+
+def entry_of(content: dict[str, Any], num_bytes: int) -> IndexEntry:
+    """The line of a file, from what it says of itself."""
+    return IndexEntry(
+        geometry=content["geometry"],
+        clip_id=content["clip_id"],
+        num_bytes=num_bytes,
+        sha256=content["sha256"],
+        caption_sha256=caption_digest(content["caption"]),
+        sampling_fps=content.get("sampling_fps"),
+        num_tokens_cut=content.get("num_tokens_cut"),
+        decord_refusal=content.get("decord_refusal"),
+    )
+
+
+def read_index_lines(root: Path, path: Path) -> tuple[dict[tuple[str, str], IndexEntry], list[str]]:
+    """Index entries by (geometry name, clip id), and what is wrong with each line that is damaged.
+
+    Raises:
+        UnreadableFile: it cannot be read, or is a link: nothing is known of its lines.
+    """
+    entries: dict[tuple[str, str], IndexEntry] = {}
+    damage: list[str] = []
+    if not exists_inside(root, path):
+        return entries, damage
+    with open_regular(path) as stream:
+        number = 0
+        try:
+            while line := stream.readline(_MAX_LINE_BYTES):
+                number += 1
+                try:
+                    entry = _parse_line(line)
+                    if (entry.geometry, entry.clip_id) in entries:
+                        raise ValueError(f"clip_id={entry.clip_id} stands on an earlier line too")
+                    entries[entry.geometry, entry.clip_id] = entry
+                except ValueError as error:
+                    damage.append(f"{path} line {number} is damaged ({error})")
+                while len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    line = stream.readline(_MAX_LINE_BYTES)
+        except OSError as error:
+            raise UnreadableFile(f"{path} cannot be read ({error.strerror}); {UNREADABLE_REMEDY}") from error
+    return entries, damage
+
+
+def _parse_line(line: bytes) -> IndexEntry:
+    if len(line) == _MAX_LINE_BYTES:
+        raise ValueError(f"longer than {_MAX_LINE_BYTES} bytes")
+    try:
+        # Of a million lines: what a stricter parser would refuse, no field below may hold.
+        content = json.loads(line.decode())
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return IndexEntry(**check_fields(content, _LINE, _OPTIONAL, others=False))

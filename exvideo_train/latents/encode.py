@@ -18,7 +18,6 @@ from typing import Any
 from exvideo_train.config.latents import EncodeEngine, EncodeLatents
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_json, parse_json, read_regular
-from exvideo_train.latents.inside import hold_store
 from exvideo_train.latents.launch import Launch, find_launch, share_outcome
 from exvideo_train.latents.plan import (
     Plan,
@@ -31,11 +30,11 @@ from exvideo_train.latents.plan import (
     write_index,
 )
 from exvideo_train.latents.progress import Progress
-from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.report import Report, make_report, totals_from_json, totals_to_json, write_report
 from exvideo_train.latents.settings import EncodeSettings, resolve_settings
-from exvideo_train.latents.store import LatentStore
+from exvideo_train.latents.store import LatentStore, Quarantine
 from exvideo_train.latents.supervise import EncodersDied, Supervisor
+from exvideo_train.latents.untrusted import hold_store
 from exvideo_train.latents.work import HEARTBEAT_SECONDS, SILENCE_SECONDS, WorkList
 
 INTERRUPTED_STATUS = 130

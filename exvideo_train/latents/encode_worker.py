@@ -18,13 +18,10 @@ from typing import TYPE_CHECKING
 
 from exvideo_train.clips.record import ClipRecord
 from exvideo_train.errors import UserError
-from exvideo_train.latents.clip_file import UnusableLatent
+from exvideo_train.latents.clip_file import IndexEntry
 from exvideo_train.latents.decode import Decoded, DecodePool, Failure, exit_with_parent
-from exvideo_train.latents.index import IndexEntry
-from exvideo_train.latents.inside import set_aside
-from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.settings import EncodeSettings
-from exvideo_train.latents.store import LatentStore
+from exvideo_train.latents.store import LatentStore, Quarantine, is_settled, quarantine_clip
 from exvideo_train.latents.work import Heartbeat, WorkList
 
 if TYPE_CHECKING:
@@ -239,26 +236,6 @@ def _timed(write: Callable[[], IndexEntry]) -> tuple[int, float]:
     """Bytes written, and seconds."""
     began = time.monotonic()
     return write().num_bytes, time.monotonic() - began
-
-
-def is_settled(store: LatentStore, quarantine: Quarantine, record: ClipRecord) -> bool:
-    """Whether a process that died after taking a clip has dealt with it."""
-    if record.clip_id in quarantine:
-        return True
-    try:
-        return store.read_entry(record.clip_id, quarantine.geometry).is_of(record)
-    except UnusableLatent:
-        # The plan gives out no clip whose file could not be read: one that cannot now was to be replaced.
-        return False
-
-
-def quarantine_clip(store: LatentStore, quarantine: Quarantine, record: ClipRecord, failure: Failure) -> None:
-    """Leave a clip out with its reason; a latent of its former caption or rate moves aside.
-
-    Left in place it would come back into the index when that is written anew from the files.
-    """
-    quarantine.add(record, failure)
-    set_aside(store.path, store.clip_path(record.clip_id, quarantine.geometry))
 
 
 def encoder_main(connection: Connection, settings: EncodeSettings, device: str, owner: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_json, sha256_file, short
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.fields import (
+from exvideo_train.latents.untrusted import (
     COUNT,
     DTYPE,
     POSITIVE_COUNT,

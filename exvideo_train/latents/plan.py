@@ -17,12 +17,10 @@ from exvideo_train.clips.record import ClipRecord, read_manifest
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_bytes
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.clip_file import CorruptLatent, MissingLatent, UnusableLatent
-from exvideo_train.latents.index import IndexEntry
-from exvideo_train.latents.inside import folders_below, is_folder, list_folder, refuse_links, set_aside
-from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.clip_file import CorruptLatent, IndexEntry, MissingLatent, UnusableLatent
 from exvideo_train.latents.settings import EncodeSettings
-from exvideo_train.latents.store import LatentStore
+from exvideo_train.latents.store import LatentStore, Quarantine
+from exvideo_train.latents.untrusted import folders_below, is_folder, list_folder, refuse_links, set_aside
 
 
 @dataclass

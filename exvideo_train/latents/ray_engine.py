@@ -22,11 +22,10 @@ from exvideo_train.errors import UserError
 from exvideo_train.files import create_marker
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.decode import DecodeWorker, Failure
-from exvideo_train.latents.encode_worker import ClipEncoder, Totals, is_settled, not_finite, quarantine_clip
-from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.encode_worker import ClipEncoder, Totals, not_finite
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.shared_captions import PATIENCE_SECONDS, SharedCaptions
-from exvideo_train.latents.store import LatentStore
+from exvideo_train.latents.store import LatentStore, Quarantine, is_settled, quarantine_clip
 
 # Ray starts an actor again when it dies and gives it the same clip; after so many tries the clip is left out.
 ATTEMPTS_A_CLIP = 2

@@ -11,9 +11,9 @@ from typing import Any
 
 from exvideo_train.files import atomic_write_json, atomic_write_text, short
 from exvideo_train.latents.encode_worker import Totals
-from exvideo_train.latents.fields import COUNT, Kind, check_fields
 from exvideo_train.latents.plan import Plan
-from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.store import Quarantine
+from exvideo_train.latents.untrusted import COUNT, Kind, check_fields
 
 REASONS_SHOWN = 5
 _AMOUNT = Kind("a number, 0 or more", lambda value: type(value) in (int, float) and value >= 0)

@@ -17,10 +17,9 @@ from typing import Any
 from exvideo_train.clips.record import ClipRecord
 from exvideo_train.errors import UserError
 from exvideo_train.latents.decode import ATTEMPTS_AFTER_DEATH, Failure
-from exvideo_train.latents.encode_worker import Totals, encoder_main, quarantine_clip
-from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.encode_worker import Totals, encoder_main
 from exvideo_train.latents.settings import EncodeSettings
-from exvideo_train.latents.store import LatentStore
+from exvideo_train.latents.store import LatentStore, Quarantine, quarantine_clip
 from exvideo_train.latents.work import WorkList
 
 # A clip in work when an encoder dies is tried once more, then left out.

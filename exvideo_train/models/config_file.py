@@ -14,6 +14,8 @@ FETCH = "download the model folder again, or correct model.path"
 _MAX_JSON_BYTES = 2 << 20
 MAX_TEXT_LENGTH = 4096
 """Tokens a prompt; published models have 226. Attention over more takes gigabytes a caption."""
+SCALING_FACTOR_BOUNDS = (1e-6, 1e6)
+"""Those of published VAEs lie between 0.1 and 2; far outside, latents in float32 would be all zeros or infinite."""
 # Fields with which a config asks for other code, files or number formats than its class has.
 _FOREIGN_FIELDS = ("auto_map", "fusion_config", "quantization_config", "transformers_weights")
 

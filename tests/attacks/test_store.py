@@ -31,15 +31,12 @@ from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import METADATA_KEY, CorruptLatent, MissingLatent, UnreadableLatent
 from exvideo_train.latents.decode import Failure
-from exvideo_train.latents.encode_worker import quarantine_clip
 from exvideo_train.latents.fingerprint import Fingerprint, read_scaling_factor
-from exvideo_train.latents.inspection import describe_stats
+from exvideo_train.latents.inspection import StoreVerification, describe_stats, verify_store
 from exvideo_train.latents.plan import Plan, make_plan, refuse_linked_store, set_damaged_aside, write_index
-from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.report import totals_from_json
 from exvideo_train.latents.settings import EncodeSettings
-from exvideo_train.latents.store import LatentStore
-from exvideo_train.latents.verification import StoreVerification, verify_store
+from exvideo_train.latents.store import LatentStore, Quarantine, quarantine_clip
 from exvideo_train.training.dataset import LatentDataset
 from exvideo_train.training.job import _check_channels
 from exvideo_train.training.order import SampleOrder

@@ -18,9 +18,8 @@ from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
 from exvideo_train.files import atomic_save_safetensors, read_safetensors_header
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.clip_file import UnusableLatent
+from exvideo_train.latents.clip_file import UnusableLatent, read_index_lines
 from exvideo_train.latents.fingerprint import Fingerprint
-from exvideo_train.latents.index import read_index_lines
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.training.checkpoint import TrainingState, load_checkpoint, write_checkpoint
 from exvideo_train.training.loggers import read_metrics

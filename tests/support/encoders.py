@@ -10,9 +10,9 @@ import torch
 
 from exvideo_train.latents.decode import exit_with_parent
 from exvideo_train.latents.encode_worker import Totals
-from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.ray_engine import EncodeActor
 from exvideo_train.latents.settings import EncodeSettings
+from exvideo_train.latents.store import Quarantine
 from exvideo_train.latents.work import Heartbeat, WorkList
 
 BROKEN_DEVICE = "cuda:1"

@@ -43,7 +43,7 @@ _VAE_BOUNDS: dict[str, tuple[float, float]] = {
     "temporal_compression_ratio": (1.0, 64.0),
     "sample_height": (16, 1 << 14),
     "sample_width": (16, 1 << 14),
-    "scaling_factor": (1e-6, 1e6),
+    "scaling_factor": config_file.SCALING_FACTOR_BOUNDS,
 }
 _VAE_BLOCKS = {"down_block_types": "CogVideoXDownBlock3D", "up_block_types": "CogVideoXUpBlock3D"}
 # Fields that the network takes as they are: names and switches, and what only pipelines use.

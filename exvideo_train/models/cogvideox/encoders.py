@@ -15,7 +15,6 @@ from torch import Tensor
 
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import FRAME_CHUNK, SPATIAL_COMPRESSION
-from exvideo_train.latents.fields import check_scaling_factor
 from exvideo_train.models.cogvideox.encoder_weights import load_text_encoder, load_tokenizer, load_vae
 
 
@@ -73,7 +72,7 @@ class VideoEncoder:
         tiling: work in overlapping tiles: less memory, and slightly other latents.
 
     Raises:
-        UserError: the VAE cannot be loaded, or its scaling factor is no positive finite number.
+        UserError: the VAE cannot be loaded, or its scaling factor is out of bounds.
     """
 
     def __init__(self, model_path: Path, device: torch.device | str, dtype: torch.dtype, tiling: bool) -> None:
@@ -81,7 +80,7 @@ class VideoEncoder:
         self.dtype = dtype
         self._vae: Any = load_vae(model_path / "vae", dtype)
         self._vae.requires_grad_(False).eval().to(self.device)
-        self.scaling_factor = check_scaling_factor(self._vae.config.scaling_factor, model_path / "vae" / "config.json")
+        self.scaling_factor = float(self._vae.config.scaling_factor)
         if tiling:
             self._vae.enable_tiling()
 

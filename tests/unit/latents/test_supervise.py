@@ -6,8 +6,8 @@ from support.encoders import BROKEN_DEVICE, UNSTARTABLE_DEVICE, obedient_encoder
 from exvideo_train.clips.record import ClipRecord, make_clip_id
 from exvideo_train.errors import UserError
 from exvideo_train.latents import supervise
-from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.settings import EncodeSettings
+from exvideo_train.latents.store import Quarantine
 from exvideo_train.latents.supervise import Supervisor
 from tests.unit.latents.conftest import GEOMETRY
 
