@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from exvideo_train.config.experiment import Experiment
-from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters
+from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_parameters
 from exvideo_train.extensions.provenance import source_commit
 from exvideo_train.models.cogvideox import published
 from exvideo_train.models.cogvideox.network import CogVideoXDiT
@@ -49,7 +49,7 @@ def adapter_parameters(rank: int, device: torch.device) -> dict[str, nn.Paramete
     with torch.device("meta"):
         backbone = CogVideoXDiT(config_from_fields(published.TRANSFORMER_5B, "published"))
     config = Experiment()
-    apply_lora(backbone, LoraSettings(rank, float(rank), tuple(config.lora.targets)), config.seed)
+    apply_lora(backbone, LoraExtension(rank, float(rank), tuple(config.lora.targets)), config.seed)
     shapes = {name: parameter.shape for name, parameter in lora_parameters(backbone).items()}
     return {name: nn.Parameter(torch.randn(shape, device=device)) for name, shape in shapes.items()}
 

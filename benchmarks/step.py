@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from exvideo_train.config.experiment import LORA_TARGETS, AttentionKernel, LoraConfig, Recompute
 from exvideo_train.errors import UserError
-from exvideo_train.extensions.lora import LoraExtension, LoraSettings, apply_lora
+from exvideo_train.extensions.lora import LoraExtension, apply_lora
 from exvideo_train.files import atomic_write_json, atomic_write_text
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.noise_levels import squared_error
@@ -41,7 +41,7 @@ from exvideo_train.models.registry import FAMILIES
 from exvideo_train.parallel.activation_checkpointing import block_runner
 from exvideo_train.parallel.attention import choose_attention
 from exvideo_train.parallel.hardware import device_peak_flops
-from exvideo_train.planning.trace import StepMeter
+from exvideo_train.planning.trace import CostCounter
 from exvideo_train.training.flops import step_flops
 
 GIB = 2**30
@@ -148,7 +148,7 @@ def fresh_on(device: torch.device) -> Iterator[None]:
 def make_ours(config: Any, rank: int, device: torch.device) -> Contestant:
     with fresh_on(device):
         model = FAMILIES[0].build(config)
-    apply_lora(model, LoraSettings(rank, float(rank), tuple(LORA_TARGETS)), seed=0)
+    apply_lora(model, LoraExtension(rank, float(rank), tuple(LORA_TARGETS)), seed=0)
     model.train()
     return Contestant(model, lambda batch: model(batch.noisy_BTCHW, batch.timesteps_B, batch.text_BLC), device)
 
@@ -324,7 +324,7 @@ class Benchmark:
             torch.cuda.reset_peak_memory_stats(self.device)
             contestant.step(batch)
             return torch.cuda.max_memory_allocated(self.device) - other.held_bytes
-        with StepMeter() as meter:
+        with CostCounter() as meter:
             contestant.step(batch)
         return meter.peak_bytes + contestant.held_bytes
 

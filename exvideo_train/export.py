@@ -11,7 +11,7 @@ from exvideo_train.config.commands import Export, Weights
 from exvideo_train.entry import run_command
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import Adapter, read_adapter, read_provenance, write_adapter
-from exvideo_train.extensions.lora import LoraSettings
+from exvideo_train.extensions.lora import LoraExtension
 from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.files import read_safetensors_header, refuse_inputs
 from exvideo_train.geometry import Geometry
@@ -86,7 +86,7 @@ def _final_step(path: Path) -> int:
 def _from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> tuple[Adapter, Path]:
     config: dict[str, Any] = checkpoint.state.config
     try:
-        lora = LoraSettings(config["lora"]["rank"], config["lora"]["alpha"], tuple(config["lora"]["targets"]))
+        lora = LoraExtension(config["lora"]["rank"], config["lora"]["alpha"], tuple(config["lora"]["targets"]))
         geometry = Geometry(config["num_frames"], config["height"], config["width"], config["fps"])
         base_model = str(config["model"]["path"])
     except (LookupError, TypeError, ValueError) as error:

@@ -10,8 +10,8 @@ from exvideo_train.files import atomic_write_json, refuse_inputs
 from exvideo_train.parallel.hardware import device_by_name
 from exvideo_train.planning.forecast import disk, find_model, forecast
 from exvideo_train.planning.measures import measures_table
-from exvideo_train.planning.options import ways_to_be_faster, ways_to_fit
-from exvideo_train.planning.report import as_json, measures_json, measures_text, text
+from exvideo_train.planning.suggestions import ways_to_be_faster, ways_to_fit
+from exvideo_train.planning.tables import as_json, measures_json, measures_text, text
 
 USAGE = """
 python -m exvideo_train.plan +exp=129f [gpus=8] [device=a100_80gb] [options]
@@ -41,10 +41,10 @@ def plan(config: Plan) -> None:
         here = forecast(config, model)
         kinds = dict.fromkeys((config.device, *COMPARED))
         others = [forecast(config, model, kind.value) for kind in kinds]
-        options = ways_to_be_faster(config, model, here) if here.fits else ways_to_fit(config, model)
+        suggestions = ways_to_be_faster(config, model, here) if here.fits else ways_to_fit(config, model)
         on_disk = disk(config, model, here.trained)
-        print(text(config, model, here, others, on_disk, options))
-        content = as_json(here, others, on_disk, options)
+        print(text(config, model, here, others, on_disk, suggestions))
+        content = as_json(here, others, on_disk, suggestions)
     if config.json:
         atomic_write_json(Path(config.json), content)
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import peft
 import torch
@@ -32,8 +32,8 @@ WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """Size and place of the updates.
+class LoraExtension:
+    """LoRA as an :class:`~exvideo_train.extensions.extension.Extension`.
 
     Args:
         rank: columns of A and rows of B.
@@ -49,6 +49,7 @@ class LoraSettings:
     alpha: float
     target_modules: tuple[str, ...]
     dropout: float = 0.0
+    name: ClassVar[str] = "lora"
 
     def __post_init__(self) -> None:
         if self.rank <= 0:
@@ -59,28 +60,20 @@ class LoraSettings:
         if not self.target_modules:
             raise UserError("lora.targets=[]: nothing would be trained; name at least one Linear, e.g. attn1.to_q")
 
-
-@dataclass(frozen=True)
-class LoraExtension:
-    """LoRA as an :class:`~exvideo_train.extensions.extension.Extension`."""
-
-    settings: LoraSettings
-    name: str = "lora"
-
     @classmethod
     def from_config(cls, config: LoraConfig) -> LoraExtension:
         """Raises UserError for a value outside its range."""
-        return cls(LoraSettings(config.rank, config.alpha, tuple(config.targets), config.dropout))
+        return cls(config.rank, config.alpha, tuple(config.targets), config.dropout)
 
     @property
     def has_dropout(self) -> bool:
-        return self.settings.dropout > 0
+        return self.dropout > 0
 
     def describe(self) -> str:
-        return f"LoRA rank {self.settings.rank}"
+        return f"LoRA rank {self.rank}"
 
     def attach(self, network: nn.Module, seed: int) -> None:
-        apply_lora(network, self.settings, seed)
+        apply_lora(network, self, seed)
 
     def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
         return lora_parameters(network)
@@ -89,11 +82,10 @@ class LoraExtension:
         load_lora_state(network, tensors, source)
 
     def write(self, path: Path, format: str, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
-        settings = self.settings
-        write_adapter(path, format, tensors, settings.rank, settings.alpha, settings.target_modules, provenance)
+        write_adapter(path, format, tensors, self.rank, self.alpha, self.target_modules, provenance)
 
 
-def apply_lora(backbone: nn.Module, settings: LoraSettings, seed: int) -> nn.Module:
+def apply_lora(backbone: nn.Module, lora: LoraExtension, seed: int) -> nn.Module:
     """Freeze ``backbone`` and put trainable float32 updates on its target Linears, in place.
 
     The class, the attributes and the hooks of the backbone stay. A is uniform in +-1/sqrt(in_features), a function
@@ -107,12 +99,12 @@ def apply_lora(backbone: nn.Module, settings: LoraSettings, seed: int) -> nn.Mod
     Raises:
         UserError: a target matches no Linear; the message names the nearest ones.
     """
-    _check_targets(backbone, settings.target_modules)
+    _check_targets(backbone, lora.target_modules)
     config = peft.LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it as a number, an int is not needed
-        target_modules=list(settings.target_modules),
-        lora_dropout=settings.dropout,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it as a number, an int is not needed
+        target_modules=list(lora.target_modules),
+        lora_dropout=lora.dropout,
         bias="none",
     )
     # On the meta device first: PEFT would draw from the global generator, in the backbone's dtype.
@@ -258,7 +250,7 @@ def attach_adapter(backbone: nn.Module, adapter: Adapter, dtype: torch.dtype, sc
             f"adapter={source} does not fit the model: it updates {unknown[0]} (and {len(unknown) - 1} more) that "
             f"{type(backbone).__name__} has not; its base model is {adapter.provenance.get('base_model', 'not stated')}"
         )
-    apply_lora(backbone, LoraSettings(adapter.rank, adapter.alpha, modules), seed=0)
+    apply_lora(backbone, LoraExtension(adapter.rank, adapter.alpha, modules), seed=0)
     load_lora_state(backbone, adapter.tensors, f"adapter={source}")
     cast_lora(backbone, dtype)
     set_lora_scale(backbone, scale)

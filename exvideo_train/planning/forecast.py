@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from exvideo_train.config.experiment import AttentionKernel, Dtype
 from exvideo_train.config.plan import Interconnect, Plan
 from exvideo_train.errors import UserError
-from exvideo_train.extensions.lora import LoraSettings
+from exvideo_train.extensions.lora import LoraExtension
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.family import BackboneFamily
 from exvideo_train.models.registry import FAMILIES, backbone_config, backbone_family
@@ -25,7 +25,7 @@ from exvideo_train.planning.memory import (
     optimizer_memory,
     step_memory,
 )
-from exvideo_train.planning.speed import Links, StepTime, step_time
+from exvideo_train.planning.step_time import Links, StepTime, step_time
 from exvideo_train.planning.trace import StepTrace, TracedKernel, Work, trace_step
 from exvideo_train.training.order import samples_within_budget
 
@@ -148,10 +148,10 @@ def forecast(config: Plan, model: Model, device_name: str | None = None) -> Fore
     """
     check_plan(config, model)
     device = device_by_name(device_name or config.device.value)
-    settings = LoraSettings(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
-    work = max((_work(config, model, settings, geometry) for geometry in _geometries(config)), key=_size)
+    lora = lora_without_dropout(config)
+    work = max((_work(config, model, lora, geometry) for geometry in _geometries(config)), key=_size)
     trace = trace_step(work)
-    frozen_bytes, trained = parameter_bytes(model, settings, work.weights_dtype)
+    frozen_bytes, trained = parameter_bytes(model, lora, work.weights_dtype)
     sharding = Sharding(
         trained=trained,
         frozen_bytes=frozen_bytes,
@@ -187,6 +187,11 @@ def forecast(config: Plan, model: Model, device_name: str | None = None) -> Fore
     )
 
 
+def lora_without_dropout(config: Plan) -> LoraExtension:
+    """What is trained; dropout draws numbers, which a plan does not count."""
+    return replace(LoraExtension.from_config(config.lora), dropout=0.0)
+
+
 def reduce_bucket(config: Plan) -> int:
     """Elements of DeepSpeed's gradient bucket, as the engine will ask for it."""
     return int(deepspeed_config(config)["zero_optimization"]["reduce_bucket_size"])
@@ -196,14 +201,14 @@ def _geometries(config: Plan) -> list[Geometry]:
     return [Geometry.from_name(name) for name in config.data.geometries] or [config.geometry]
 
 
-def _work(config: Plan, model: Model, settings: LoraSettings, geometry: Geometry) -> Work:
+def _work(config: Plan, model: Model, lora: LoraExtension, geometry: Geometry) -> Work:
     budget = config.data.token_budget
     # A model in fp16 trains in bf16 too: see training_dtypes in exvideo_train.training.job.
     dtype = torch.float32 if config.model.dtype is Dtype.fp32 else torch.bfloat16
     return Work(
         family=model.family,
         config=model.config,
-        lora=settings,
+        lora=lora,
         geometry=geometry,
         recompute=config.memory.recompute,
         batch_size=samples_within_budget(geometry, budget) if budget else config.data.batch_size,
@@ -218,19 +223,19 @@ def _size(work: Work) -> int:
     return int(work.batch_size * work.family.forward_flops(work.config, work.geometry))
 
 
-def parameter_bytes(model: Model, settings: LoraSettings, dtype: torch.dtype) -> tuple[int, int]:
+def parameter_bytes(model: Model, lora: LoraExtension, dtype: torch.dtype) -> tuple[int, int]:
     """(bytes of the frozen weights, number of trained parameters).
 
     Raises:
         UserError: a target that no Linear of a block has.
     """
     family, config = model.family, model.config
-    unknown = [name for name in settings.target_modules if name not in family.default_lora_targets]
+    unknown = [name for name in lora.target_modules if name not in family.default_lora_targets]
     if unknown:
         raise UserError(
             f"lora.targets: {unknown[0]!r} cannot be planned; known are {', '.join(family.default_lora_targets)}"
         )
-    trained = family.num_lora_parameters(config, settings.rank, settings.target_modules)
+    trained = family.num_lora_parameters(config, lora.rank, lora.target_modules)
     return family.num_parameters(config) * dtype.itemsize, trained
 
 

@@ -13,8 +13,14 @@ import torch
 
 from exvideo_train.config.experiment import Recompute
 from exvideo_train.config.plan import Plan
-from exvideo_train.extensions.lora import LoraSettings
-from exvideo_train.planning.forecast import Model, attention_workspace, batch_bytes, parameter_bytes, reduce_bucket
+from exvideo_train.planning.forecast import (
+    Model,
+    attention_workspace,
+    batch_bytes,
+    lora_without_dropout,
+    parameter_bytes,
+    reduce_bucket,
+)
 from exvideo_train.planning.memory import FP32_BYTES, Sharding, StepMemory, optimizer_memory, step_memory
 from exvideo_train.planning.trace import TracedKernel, Work, trace_step
 
@@ -74,14 +80,14 @@ def measures_table(config: Plan, model: Model) -> tuple[list[MeasuresRow], list[
 
 
 def _row(config: Plan, model: Model, taken: Measures, title: str) -> MeasuresRow:
-    settings = LoraSettings(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+    lora = lora_without_dropout(config)
     half = torch.bfloat16 if taken.mixed_precision else torch.float32
     # What is trained stays in fp32, so that without freezing every weight does.
     weights_dtype = half if taken.freezing else torch.float32
     work = Work(
         family=model.family,
         config=model.config,
-        lora=settings if taken.freezing else None,
+        lora=lora if taken.freezing else None,
         geometry=config.geometry,
         recompute=Recompute.full if taken.checkpointing else Recompute.none,
         batch_size=config.data.batch_size,
@@ -89,7 +95,7 @@ def _row(config: Plan, model: Model, taken: Measures, title: str) -> MeasuresRow
         weights_dtype=weights_dtype,
         kernel=TracedKernel.fused if taken.flash_attention else TracedKernel.math,
     )
-    frozen_bytes, trained = parameter_bytes(model, settings, weights_dtype)
+    frozen_bytes, trained = parameter_bytes(model, lora, weights_dtype)
     if not taken.freezing:
         frozen_bytes, trained = 0, model.family.num_parameters(model.config)
     sharding = Sharding(

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from exvideo_train.config.experiment import MemoryConfig, Recompute
-from exvideo_train.extensions.lora import LoraSettings, apply_lora
+from exvideo_train.extensions.lora import LoraExtension, apply_lora
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.family import BackboneFamily
 from exvideo_train.models.noise_levels import squared_error
@@ -71,7 +71,7 @@ class Work:
 
     family: BackboneFamily[Any]
     config: Any
-    lora: LoraSettings | None
+    lora: LoraExtension | None
     geometry: Geometry
     recompute: Recompute
     batch_size: int = 1
@@ -169,7 +169,7 @@ _ATTENDS = {TracedKernel.fused: attend_by_shape, TracedKernel.math: _attend_math
 
 
 def _run(model: nn.Module, work: Work) -> StepTrace:
-    meter = StepMeter()
+    meter = CostCounter()
     with meter:
         inputs = empty_inputs(work.family, work.config, work.geometry, work.batch_size)
         prediction_BTCHW, target_BTCHW = model(*inputs), torch.empty_like(inputs[0])
@@ -191,7 +191,7 @@ def _run(model: nn.Module, work: Work) -> StepTrace:
     )
 
 
-class StepMeter(TorchDispatchMode):
+class CostCounter(TorchDispatchMode):
     """Adds up FLOPs, and counts the bytes of every tensor from its making to its death.
 
     FLOPs are those of torch's own formulas, the ones FlopCounterMode adds up; that class itself keeps recomputed

@@ -33,7 +33,7 @@ from exvideo_train.training.job import (
 )
 from exvideo_train.training.learning_rate import learning_rate
 from exvideo_train.training.loggers import RunLogger, read_metrics
-from exvideo_train.training.meters import StepMeter
+from exvideo_train.training.meters import SpeedMeter
 from exvideo_train.training.order import num_video_tokens
 from exvideo_train.training.samples import SampleProcess
 from exvideo_train.training.validation import draw_curves
@@ -102,7 +102,7 @@ class Trainer:
         self.run_dir = Path(self.config.run_dir)
         options = self.config.checkpoint
         self.writer = CheckpointWriter(self.run_dir, options.keep_last, options.keep_every, logger.message)
-        self.meter = StepMeter(self.mesh.device, self.mesh.world_size, self.mesh.sequence_size, job.peak_flops)
+        self.meter = SpeedMeter(self.mesh.device, self.mesh.world_size, self.mesh.sequence_size, job.peak_flops)
         self.samples = SampleProcess(self.config, self.run_dir, logger.message)
         state = job.checkpoint.state if job.checkpoint else TrainingState(0, 0, 0, 0, {})
         self.step, self.position = state.step, state.position

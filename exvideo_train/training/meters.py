@@ -41,7 +41,7 @@ class Speed:
     peak_reserved_gib: float
 
 
-class StepMeter:
+class SpeedMeter:
     """Times phases; on a GPU by events that are read only when :meth:`read` is called.
 
     Args:

@@ -15,7 +15,7 @@ from support.attacks import Attack, Ending, attacks, check_ending, held, refused
 
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
-from exvideo_train.extensions.lora import LoraSettings, attach_adapter
+from exvideo_train.extensions.lora import LoraExtension, attach_adapter
 from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.registry import load_backbone
@@ -334,4 +334,4 @@ def test_adapters_are_checked_before_they_are_written(attack: Attack, tmp_path: 
 @pytest.mark.parametrize("alpha", [math.inf, math.nan, 0.0, -1.0, 1e300])
 def test_an_alpha_is_refused_before_training(alpha: float) -> None:
     with pytest.raises(UserError, match=r"lora\.alpha="):
-        LoraSettings(RANK, alpha, ("attn1.to_q",))
+        LoraExtension(RANK, alpha, ("attn1.to_q",))

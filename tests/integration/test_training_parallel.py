@@ -9,7 +9,7 @@ from support.trained import STEPS, Trained
 
 from exvideo_train.config.commands import Train
 from exvideo_train.entry import compose_config, to_dataclass
-from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters
+from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_parameters
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.models.cogvideox.objective import noise_levels
 from exvideo_train.models.registry import load_backbone
@@ -26,8 +26,7 @@ def reference(trained: Trained) -> tuple[list[float], list[float], dict[str, tor
     """Losses, gradient norms and adapter of a plain loop: torch's AdamW, one process, no DeepSpeed."""
     config = to_dataclass(compose_config("train", trained.overrides("reference"), Train), Train)
     backbone = load_backbone(trained.model, torch.float32, torch.device("cpu"))
-    settings = LoraSettings(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
-    apply_lora(backbone, settings, config.seed)
+    apply_lora(backbone, LoraExtension.from_config(config.lora), config.seed)
     parameters = lora_parameters(backbone)
     optim = config.optim
     optimizer = torch.optim.AdamW(

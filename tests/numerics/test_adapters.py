@@ -9,7 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from exvideo_train.extensions.adapter_file import write_adapter
-from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_layers, lora_parameters, lora_state
+from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_layers, lora_parameters, lora_state
 from exvideo_train.files import read_safetensors_header
 from exvideo_train.models.registry import load_backbone
 
@@ -24,7 +24,7 @@ TARGETS = (
     "norm2.linear",
 )
 RANK, ALPHA = 4, 10.0
-SETTINGS = LoraSettings(RANK, ALPHA, TARGETS)
+SETTINGS = LoraExtension(RANK, ALPHA, TARGETS)
 
 
 def load_ours(model_path):

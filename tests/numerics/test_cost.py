@@ -12,12 +12,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from exvideo_train.config.experiment import LORA_TARGETS, MemoryConfig, Recompute
-from exvideo_train.extensions.lora import LoraExtension, LoraSettings
+from exvideo_train.extensions.lora import LoraExtension
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.registry import FAMILIES
 from exvideo_train.parallel.mesh import Mesh
 from exvideo_train.parallel.parallelize import parallelize
-from exvideo_train.planning.trace import StepMeter, TracedKernel, Work, trace_blocks, trace_step
+from exvideo_train.planning.trace import CostCounter, TracedKernel, Work, trace_blocks, trace_step
 from exvideo_train.training.flops import empty_inputs, step_flops
 
 FAMILY = FAMILIES[0]
@@ -34,7 +34,7 @@ NOT_NORM1 = [name for name in LORA_TARGETS if name != "norm1.linear"]
 
 
 def lora_of(rank: int, targets: Sequence[str] = LORA_TARGETS) -> LoraExtension:
-    return LoraExtension(LoraSettings(rank, rank, tuple(targets)))
+    return LoraExtension(rank, rank, tuple(targets))
 
 
 def small_config(rotary: bool, num_layers: int = 5) -> Any:
@@ -72,7 +72,7 @@ def count_on_cpu(config: Any, lora: LoraExtension, geometry: Geometry, recompute
 
 def traced(config: Any, lora: LoraExtension, geometry: Geometry, recompute: Recompute) -> tuple[int, int]:
     """What a plan says of the same step."""
-    trace = trace_step(Work(FAMILY, config, lora.settings, geometry, recompute))
+    trace = trace_step(Work(FAMILY, config, lora, geometry, recompute))
     return trace.forward_flops, trace.backward_flops
 
 
@@ -139,20 +139,20 @@ def test_flops_at_full_size_by_three_independent_ways() -> None:
     ],
 )
 def test_a_trace_of_three_blocks_tells_all_of_a_deeper_one(recompute: Recompute, kernel: TracedKernel) -> None:
-    work = Work(FAMILY, small_config(True, 6), lora_of(4).settings, GEOMETRIES[1], recompute, kernel=kernel)
+    work = Work(FAMILY, small_config(True, 6), lora_of(4), GEOMETRIES[1], recompute, kernel=kernel)
     assert trace_step(work) == trace_blocks(work, 6)
 
 
 def test_ranks_of_a_sequence_group_share_flops_and_memory() -> None:
     geometry = Geometry(49, 64, 64, 8)
-    work = Work(FAMILY, small_config(True, 3), lora_of(4).settings, geometry, Recompute.none)
+    work = Work(FAMILY, small_config(True, 3), lora_of(4), geometry, Recompute.none)
     whole, half = trace_step(work), trace_step(dataclasses.replace(work, sequence_size=2))
     assert half.forward_flops / whole.forward_flops == pytest.approx(0.5, abs=0.02)
     assert half.kept_bytes / whole.kept_bytes == pytest.approx(0.5, abs=0.1)
 
 
 def test_meter_of_a_step_sees_what_is_freed() -> None:
-    with StepMeter() as meter:
+    with CostCounter() as meter:
         first = torch.ones(256, 256)
         second = first + 1
         view = second.view(-1)
@@ -175,7 +175,7 @@ def test_memory_of_a_trace_is_that_of_the_same_step_on_real_tensors(recompute: R
         Work(
             FAMILY,
             config,
-            lora.settings,
+            lora,
             geometry,
             recompute,
             compute_dtype=torch.float32,
@@ -186,7 +186,7 @@ def test_memory_of_a_trace_is_that_of_the_same_step_on_real_tensors(recompute: R
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with StepMeter() as meter:
+    with CostCounter() as meter:
         latents_BTCHW, told_B, text_BLC = empty_inputs(FAMILY, config, geometry)
         target_BTCHW = torch.randn_like(latents_BTCHW)
         prediction_BTCHW = network(latents_BTCHW.normal_(), told_B, text_BLC.normal_())

@@ -6,7 +6,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 
 from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
-from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters, lora_state
+from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_parameters, lora_state
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.cogvideox.sampler import SamplerSettings
 from exvideo_train.models.registry import load_backbone
@@ -20,7 +20,7 @@ LIBRARY = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 @pytest.fixture(scope="module")
 def adapter_path(tiny_model_5b, tmp_path_factory):
     path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
-    model = apply_lora(load_backbone(tiny_model_5b, torch.float32), LoraSettings(RANK, ALPHA, TARGETS), seed=6)
+    model = apply_lora(load_backbone(tiny_model_5b, torch.float32), LoraExtension(RANK, ALPHA, TARGETS), seed=6)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in lora_parameters(model).items():

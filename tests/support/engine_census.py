@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from exvideo_train.config.experiment import LORA_TARGETS, Experiment
-from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters
+from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_parameters
 from exvideo_train.models.registry import FAMILIES
 from exvideo_train.parallel import engine as engine_module
 from exvideo_train.parallel.mesh import init_mesh
-from exvideo_train.planning.trace import StepMeter
+from exvideo_train.planning.trace import CostCounter
 
 
 def held_bytes() -> int:
@@ -58,14 +58,14 @@ def main() -> None:
         **{"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16},
         **{"time_embed_dim": 16, "text_embed_dim": 16, "max_text_seq_length": 4},
     )
-    model = apply_lora(family.build(shape).to(torch.bfloat16), LoraSettings(128, 128, tuple(LORA_TARGETS)), seed=0)
+    model = apply_lora(family.build(shape).to(torch.bfloat16), LoraExtension(128, 128, tuple(LORA_TARGETS)), seed=0)
     model.train()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     engine = engine_module.TrainingEngine(model, lora_parameters(model), config, mesh)
     latents_BTCHW, text_BLC, timesteps_B = torch.randn(1, 3, 16, 4, 4), torch.randn(1, 4, 16), torch.tensor([5])
     forward_peak = backward_peak = 0
-    with StepMeter() as meter:
+    with CostCounter() as meter:
         for _ in range(accumulation_steps):
             meter.peak_bytes = start = meter.live_bytes
             with torch.autocast("cpu", dtype=torch.bfloat16):

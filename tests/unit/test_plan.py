@@ -22,7 +22,7 @@ from exvideo_train.parallel.hardware import DEVICES, NETWORKS, identify_device
 from exvideo_train.planning.forecast import GIB, Forecast, Model, disk, find_model, forecast
 from exvideo_train.planning.measures import TEXT_ENCODER_PARAMETERS, VAE_PARAMETERS, measures_table
 from exvideo_train.planning.memory import OptimizerMemory, Sharding, optimizer_memory, step_memory
-from exvideo_train.planning.options import ways_to_be_faster, ways_to_fit
+from exvideo_train.planning.suggestions import ways_to_be_faster, ways_to_fit
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.lora import (
-    LoraSettings,
+    LoraExtension,
     apply_lora,
     cast_lora,
     load_lora_state,
@@ -31,7 +31,7 @@ TARGETS = (
     "norm1.linear",
     "norm2.linear",
 )
-SETTINGS = LoraSettings(rank=4, alpha=6.0, target_modules=TARGETS)
+SETTINGS = LoraExtension(rank=4, alpha=6.0, target_modules=TARGETS)
 TINY = {
     "num_attention_heads": 2,
     "attention_head_dim": 16,
@@ -100,7 +100,7 @@ def test_initialisation_depends_on_seed_and_name_alone(network):
     torch.randn(3)
     again = lora_state(apply_lora(other.bfloat16(), SETTINGS, seed=6))
     assert all(torch.equal(state[name], again[name]) for name in state)
-    only_q = lora_state(apply_lora(fewer, LoraSettings(4, 4.0, ("attn1.to_q",)), seed=6))
+    only_q = lora_state(apply_lora(fewer, LoraExtension(4, 4.0, ("attn1.to_q",)), seed=6))
     assert all(torch.equal(state[name], only_q[name]) for name in only_q)
 
     a = {name: tensor for name, tensor in state.items() if "lora_A" in name}
@@ -117,7 +117,7 @@ def test_rank_64_on_a_full_size_5b_is_the_published_size():
             num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True
         )
         assert sum(parameter.numel() for parameter in network.parameters()) == 5_570_283_072
-        model = apply_lora(network, LoraSettings(64, 64.0, TARGETS), seed=6)
+        model = apply_lora(network, LoraExtension(64, 64.0, TARGETS), seed=6)
     assert sum(parameter.numel() for parameter in lora_parameters(model).values()) == 250_478_592
 
 
@@ -160,7 +160,7 @@ def test_disabled_and_scaled(network):
 
 def test_autocast_computes_in_bf16_without_casting_inputs_up(network):
     linear = nn.Sequential(nn.Linear(16, 8)).bfloat16()
-    model = apply_lora(linear, LoraSettings(2, 2.0, ("0",)), seed=0)
+    model = apply_lora(linear, LoraExtension(2, 2.0, ("0",)), seed=0)
     seen = []
     model[0].lora_A["default"].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -207,7 +207,7 @@ def test_state_of_another_model_is_refused_whole(network):
 )
 def test_a_target_that_matches_nothing_names_its_neighbours(network, target, nearest):
     with pytest.raises(UserError) as error:
-        apply_lora(network, LoraSettings(4, 4.0, ("attn1.to_k", target)), seed=0)
+        apply_lora(network, LoraExtension(4, 4.0, ("attn1.to_k", target)), seed=0)
     assert repr(target) in str(error.value)
     assert nearest in str(error.value)
     assert all(parameter.requires_grad for parameter in network.parameters())
@@ -224,4 +224,4 @@ def test_a_target_that_matches_nothing_names_its_neighbours(network, target, nea
 )
 def test_settings_outside_their_range(values, field):
     with pytest.raises(UserError, match=field):
-        LoraSettings(**({"rank": 4, "alpha": 4.0, "target_modules": ("a",)} | values))
+        LoraExtension(**({"rank": 4, "alpha": 4.0, "target_modules": ("a",)} | values))

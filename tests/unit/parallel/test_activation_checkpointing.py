@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exvideo_train.config.experiment import LORA_TARGETS, Experiment, Recompute
-from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters
+from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_parameters
 from exvideo_train.models.registry import load_backbone
 from exvideo_train.parallel.activation_checkpointing import attention_ops
 from exvideo_train.parallel.mesh import Mesh
@@ -34,7 +34,7 @@ def run(model: Path, recompute: Recompute, dropout: float = 0.0, dtype: torch.dt
     config = Experiment()
     config.memory.recompute, config.lora.dropout = recompute, dropout
     backbone = load_backbone(model, dtype, CPU)
-    apply_lora(backbone, LoraSettings(4, 4.0, tuple(LORA_TARGETS), dropout), seed=0)
+    apply_lora(backbone, LoraExtension(4, 4.0, tuple(LORA_TARGETS), dropout), seed=0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in lora_parameters(backbone).items():

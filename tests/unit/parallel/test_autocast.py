@@ -15,7 +15,7 @@ import torch
 ask = torch.is_autocast_enabled
 torch.is_autocast_enabled = lambda *device: ask(*device) if device else ask("cpu")
 
-from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters
+from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_parameters
 from exvideo_train.models.registry import load_backbone
 from exvideo_train.config.experiment import Experiment
 from exvideo_train.parallel.engine import TrainingEngine
@@ -25,7 +25,7 @@ from exvideo_train.parallel.parallelize import parallelize
 mesh = init_mesh(1, 60)
 config = Experiment()
 backbone = load_backbone(Path(sys.argv[1]), torch.bfloat16)
-apply_lora(backbone, LoraSettings(4, 4.0, tuple(config.lora.targets)), seed=0)
+apply_lora(backbone, LoraExtension(4, 4.0, tuple(config.lora.targets)), seed=0)
 backbone.train()
 parallelize(backbone, config.memory, mesh, torch.bfloat16, has_dropout=False)
 engine = TrainingEngine(backbone, lora_parameters(backbone), config, mesh)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from exvideo_train.config.experiment import LORA_TARGETS, Experiment
 from exvideo_train.errors import UserError
-from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters
+from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_parameters
 from exvideo_train.models.registry import load_backbone
 from exvideo_train.parallel.mesh import Mesh, check_mesh, init_mesh
 from exvideo_train.parallel.parallelize import parallelize
@@ -43,7 +43,7 @@ def gradients(model: Path, mesh: Mesh, recompute: str) -> tuple[Tensor, dict[str
     config = Experiment()
     config.memory.recompute = type(config.memory.recompute)[recompute]
     backbone = load_backbone(model, torch.float32, torch.device("cpu"))
-    apply_lora(backbone, LoraSettings(4, 4.0, tuple(LORA_TARGETS)), seed=0)
+    apply_lora(backbone, LoraExtension(4, 4.0, tuple(LORA_TARGETS)), seed=0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in lora_parameters(backbone).items():

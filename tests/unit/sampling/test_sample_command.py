@@ -11,7 +11,7 @@ from exvideo_train.config.commands import Sample
 from exvideo_train.entry import compose_config, quote_overrides, to_dataclass
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import write_adapter
-from exvideo_train.extensions.lora import LoraSettings, apply_lora, lora_parameters, lora_state
+from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_parameters, lora_state
 from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.registry import load_backbone
@@ -35,7 +35,7 @@ NASTY = [
 
 
 def write_tiny_adapter(path, model_path, num_frames=9):
-    model = apply_lora(load_backbone(model_path, torch.float32), LoraSettings(2, 4.0, ("attn1.to_v",)), seed=6)
+    model = apply_lora(load_backbone(model_path, torch.float32), LoraExtension(2, 4.0, ("attn1.to_v",)), seed=6)
     with torch.no_grad():
         for name, parameter in lora_parameters(model).items():
             if "lora_B" in name:

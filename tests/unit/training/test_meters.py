@@ -5,11 +5,11 @@ import time
 import pytest
 import torch
 
-from exvideo_train.training.meters import PHASES, StepMeter
+from exvideo_train.training.meters import PHASES, SpeedMeter
 
 
 def test_phases_rates_and_mfu() -> None:
-    meter = StepMeter(torch.device("cpu"), world_size=4, sequence_size=2, peak_flops=1e12)
+    meter = SpeedMeter(torch.device("cpu"), world_size=4, sequence_size=2, peak_flops=1e12)
     for _ in range(2):
         with meter.phase("data"):
             time.sleep(0.02)
@@ -33,7 +33,7 @@ def test_phases_rates_and_mfu() -> None:
 
 
 def test_reading_begins_anew() -> None:
-    meter = StepMeter(torch.device("cpu"), world_size=1, sequence_size=1, peak_flops=None)
+    meter = SpeedMeter(torch.device("cpu"), world_size=1, sequence_size=1, peak_flops=None)
     time.sleep(0.05)
     meter.reset()
     meter.add_step()
@@ -44,6 +44,6 @@ def test_reading_begins_anew() -> None:
 
 
 def test_a_phase_that_fails_does_not_hide_the_error() -> None:
-    meter = StepMeter(torch.device("cpu"), world_size=1, sequence_size=1, peak_flops=None)
+    meter = SpeedMeter(torch.device("cpu"), world_size=1, sequence_size=1, peak_flops=None)
     with pytest.raises(KeyError), meter.phase("data"):
         raise KeyError("x")

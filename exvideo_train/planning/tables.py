@@ -9,7 +9,7 @@ from typing import Any
 from exvideo_train.config.plan import Plan
 from exvideo_train.planning.forecast import GIB, HOURS_PER_DAY, Disk, Forecast, Model
 from exvideo_train.planning.measures import MeasuresRow
-from exvideo_train.planning.options import Option
+from exvideo_train.planning.suggestions import Suggestion
 
 MEMORY_ROWS = {
     "weights": "frozen weights",
@@ -38,22 +38,27 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / GIB:,.2f}"
 
 
-def _options_table(title: str, options: Sequence[Option]) -> list[str]:
+def _suggestions_table(title: str, suggestions: Sequence[Suggestion]) -> list[str]:
     rows = [
         [
-            option.text,
-            gib(option.forecast.memory.total),
-            f"{option.forecast.time.total:,.1f}",
-            f"{option.forecast.gpu_seconds_per_sample:,.1f}",
-            "same" if option.same_adapter else "another",
+            suggestion.text,
+            gib(suggestion.forecast.memory.total),
+            f"{suggestion.forecast.time.total:,.1f}",
+            f"{suggestion.forecast.gpu_seconds_per_sample:,.1f}",
+            "same" if suggestion.same_adapter else "another",
         ]
-        for option in options
+        for suggestion in suggestions
     ]
     return [title, table(["change", "GiB", "s/step", "GPU-s/sample", "adapter"], rows), ""]
 
 
 def text(
-    config: Plan, model: Model, here: Forecast, others: Sequence[Forecast], on_disk: Disk, options: Sequence[Option]
+    config: Plan,
+    model: Model,
+    here: Forecast,
+    others: Sequence[Forecast],
+    on_disk: Disk,
+    suggestions: Sequence[Suggestion],
 ) -> str:
     """The whole report."""
     memory, device = here.memory, here.device
@@ -78,10 +83,10 @@ def text(
         _verdict(here),
         "",
     ]
-    if options and here.fits:
-        lines += _options_table("Faster, and fits too:", options)
-    elif options:
-        lines += _options_table("What would make it fit, cheapest first:", options)
+    if suggestions and here.fits:
+        lines += _suggestions_table("Faster, and fits too:", suggestions)
+    elif suggestions:
+        lines += _suggestions_table("What would make it fit, cheapest first:", suggestions)
     elif not here.fits:
         lines += ["Nothing that was tried makes it fit: use more GPUs a sample, or a smaller size.", ""]
     lines += [_work_table(here), "", _time_table(others), "", _run_lines(config, here, on_disk)]
@@ -188,15 +193,17 @@ def measures_text(config: Plan, added: Sequence[MeasuresRow], without: Sequence[
     )
 
 
-def as_json(here: Forecast, others: Sequence[Forecast], on_disk: Disk, options: Sequence[Option]) -> dict[str, Any]:
+def as_json(
+    here: Forecast, others: Sequence[Forecast], on_disk: Disk, suggestions: Sequence[Suggestion]
+) -> dict[str, Any]:
     """Everything of the report as plain values; bytes and seconds without rounding."""
     return {
         **_forecast_json(here),
         "disk_bytes": asdict(on_disk),
         "devices": {planned.device.name: _forecast_json(planned) for planned in others},
         "options": [
-            {"change": option.text, "same_adapter": option.same_adapter, **_forecast_json(option.forecast)}
-            for option in options
+            {"change": suggestion.text, "same_adapter": suggestion.same_adapter, **_forecast_json(suggestion.forecast)}
+            for suggestion in suggestions
         ],
     }
 

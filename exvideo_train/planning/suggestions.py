@@ -15,7 +15,7 @@ from exvideo_train.parallel.hardware import device_by_name
 from exvideo_train.planning.forecast import Forecast, Model, forecast
 
 # What plan suggests at most.
-MAX_OPTIONS = 6
+MAX_SUGGESTIONS = 6
 SHORTER_FRAMES = (193, 161, 129, 97, 81, 65, 49)
 # Devices with more memory that are commonly rented, smaller first.
 LARGER_DEVICES = (DeviceKind.a100_40gb, DeviceKind.a100_80gb, DeviceKind.h200)
@@ -25,7 +25,7 @@ Changes = tuple[Change, ...]
 
 
 @dataclass(frozen=True)
-class Option:
+class Suggestion:
     """One or more options changed, and what comes of it.
 
     Attributes:
@@ -48,7 +48,7 @@ def _shown(value: Any) -> str:
     return str(getattr(value, "name", value))
 
 
-def ways_to_fit(config: Plan, model: Model) -> list[Option]:
+def ways_to_fit(config: Plan, model: Model) -> list[Suggestion]:
     """Changes after which the experiment fits, cheapest first.
 
     First those that yield the same adapter on the same GPUs, in the order of GPU seconds a sample; then larger GPUs,
@@ -59,31 +59,33 @@ def ways_to_fit(config: Plan, model: Model) -> list[Option]:
     if not found:
         pairs = [a + b for a, b in itertools.combinations(exact, 2) if a[0][0] != b[0][0]]
         found = _fitting(config, model, pairs, same_adapter=True)
-    found = sorted(found, key=_cost)[:MAX_OPTIONS]
+    found = sorted(found, key=_cost)[:MAX_SUGGESTIONS]
     found += _fitting(config, model, _larger_devices(config), same_adapter=True)
     return found + _fitting(config, model, _changes_of_result(config), same_adapter=False)
 
 
-def ways_to_be_faster(config: Plan, model: Model, base: Forecast) -> list[Option]:
+def ways_to_be_faster(config: Plan, model: Model, base: Forecast) -> list[Suggestion]:
     """Recomputation policies that fit too and take fewer GPU seconds a sample, fastest first."""
     changes: list[Changes] = [
         (("memory.recompute", policy),) for policy in Recompute if policy is not config.memory.recompute
     ]
-    options = _fitting(config, model, changes, same_adapter=True)
-    return sorted((option for option in options if _cost(option) < base.gpu_seconds_per_sample), key=_cost)
+    suggestions = _fitting(config, model, changes, same_adapter=True)
+    return sorted(
+        (suggestion for suggestion in suggestions if _cost(suggestion) < base.gpu_seconds_per_sample), key=_cost
+    )
 
 
-def _cost(option: Option) -> float:
-    return option.forecast.gpu_seconds_per_sample
+def _cost(suggestion: Suggestion) -> float:
+    return suggestion.forecast.gpu_seconds_per_sample
 
 
-def _fitting(config: Plan, model: Model, choices: Iterable[Changes], same_adapter: bool) -> list[Option]:
-    options = []
+def _fitting(config: Plan, model: Model, choices: Iterable[Changes], same_adapter: bool) -> list[Suggestion]:
+    suggestions = []
     for changes in choices:
         planned = _planned(config, model, changes)
         if planned is not None and planned.fits:
-            options.append(Option(changes, same_adapter, planned))
-    return options
+            suggestions.append(Suggestion(changes, same_adapter, planned))
+    return suggestions
 
 
 def _planned(config: Plan, model: Model, changes: Changes) -> Forecast | None:
