@@ -60,7 +60,7 @@ def build_engine(rank: int) -> TrainingEngine:
     config.optim.ema_decay = 0.999
     mesh = init_mesh(1, 600.0)
     parameters = adapter_parameters(rank, mesh.device)
-    engine = TrainingEngine(TrainedOnly(parameters), parameters, config, mesh)
+    engine = TrainingEngine(TrainedOnly(parameters), parameters, config, mesh, "lora")
     states = engine._zero.optimizer.state
     for shard in engine._partitions():
         for key in (*MOMENTS, EMA):

@@ -31,11 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exvideo_train.config.experiment import LORA_TARGETS, AttentionKernel, LoraConfig, Recompute
+from exvideo_train.config.experiment import LORA_TARGETS, AttentionKernel, Recompute
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.lora import LoraExtension, apply_lora
 from exvideo_train.files import atomic_write_json, atomic_write_text
 from exvideo_train.geometry import Geometry
+from exvideo_train.models.cogvideox.family import GRID
 from exvideo_train.models.noise_levels import squared_error
 from exvideo_train.models.registry import FAMILIES
 from exvideo_train.parallel.activation_checkpointing import block_runner
@@ -207,7 +208,8 @@ def _rotary(config: Any, shape: tuple[int, ...], device: torch.device) -> tuple[
 
 def make_batch(config: Any, geometry: Geometry, device: torch.device) -> Batch:
     torch.manual_seed(0)
-    shape = (1, geometry.num_latent_frames, config.in_channels, geometry.latent_height, geometry.latent_width)
+    frames, rows, columns = GRID.shape_THW(geometry)
+    shape = (1, frames, config.in_channels, rows, columns)
     return Batch(
         torch.randn(shape, device=device),
         torch.randn(shape, device=device),
@@ -263,7 +265,7 @@ class Benchmark:
         return Geometry(frames, *(FULL_SIZE if self.on_gpu else SMALL_SIZE), 8)
 
     def flops(self, frames: int, recompute: Recompute) -> int:
-        lora = LoraExtension.from_config(LoraConfig(rank=self.rank, alpha=self.rank))
+        lora = LoraExtension(self.rank, float(self.rank), tuple(LORA_TARGETS))
         return sum(step_flops(FAMILIES[0], self.config, lora, self.geometry(frames), recompute))
 
     def check_same_work(self) -> dict[str, float]:

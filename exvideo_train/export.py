@@ -10,11 +10,12 @@ from typing import Any
 from exvideo_train.config.commands import Export, Weights
 from exvideo_train.entry import run_command
 from exvideo_train.errors import UserError
-from exvideo_train.extensions.adapter_file import Adapter, read_adapter, read_provenance, write_adapter
-from exvideo_train.extensions.lora import LoraExtension
+from exvideo_train.extensions.adapter_file import read_provenance
+from exvideo_train.extensions.extension import Trained
 from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.files import read_safetensors_header, refuse_inputs
 from exvideo_train.geometry import Geometry
+from exvideo_train.models.registry import FIRST_FAMILY, family_named
 from exvideo_train.training.checkpoint import (
     Checkpoint,
     list_checkpoints,
@@ -35,24 +36,18 @@ FINAL_ADAPTERS = {Weights.raw: "adapter.safetensors", Weights.ema: "adapter_ema.
 def export(config: Export) -> None:
     """Find the adapter in the run folder and write it in the format asked for."""
     target, run_dir = Path(config.adapter), Path(config.run_dir)
-    adapter, source = find_adapter(run_dir, config.weights, config.step)
+    trained, source = find_trained(run_dir, config.weights, config.step)
     # The run's own adapters are the trainer's to write, of the steps that it ends with.
     finals = [run_dir / name for name in FINAL_ADAPTERS.values()]
     refuse_inputs("adapter", [target], {"run_dir": [*finals, *(run_dir / "checkpoints").rglob("*")]})
     if (run_dir / "checkpoints").resolve() in target.resolve().parents:
         raise UserError(f"adapter={target}: lies among the run's checkpoints; name a file outside")
-    write_adapter(
-        target, config.format.value, adapter.tensors, adapter.rank, adapter.alpha, adapter.targets, adapter.provenance
-    )
-    print(
-        f"{target}: {config.format.value}, rank {adapter.rank}, alpha {adapter.alpha:g}, "
-        f"{len(adapter.tensors) // 2} Linears, {target.stat().st_size / 1e9:.3g} GB, "
-        f"{adapter.provenance.get('steps')} steps, from {source}"
-    )
+    trained.extension.write(target, config.format.value, trained.tensors, trained.provenance)
+    print(f"{target}: {config.format.value}, {trained.describe()}, {target.stat().st_size / 1e9:.3g} GB, from {source}")
 
 
-def find_adapter(run_dir: Path, weights: Weights, step: int | None) -> tuple[Adapter, Path]:
-    """The adapter of a step, or the one that was trained longest: the finished run's or the newest checkpoint's.
+def find_trained(run_dir: Path, weights: Weights, step: int | None) -> tuple[Trained, Path]:
+    """What a step gave, or the one that was trained longest: the finished run's or the newest checkpoint's.
 
     Raises:
         UserError: no such run folder or step, nothing saved yet, or no moving average kept.
@@ -69,13 +64,19 @@ def find_adapter(run_dir: Path, weights: Weights, step: int | None) -> tuple[Ada
             raise UserError(f"step={step}: not in {run_dir}; it has: {', '.join(map(str, steps)) or 'none'}")
         return _from_checkpoint(load_checkpoint(checkpoints[step]), weights)
     if final_step is not None and (step is not None or final_step >= max(checkpoints, default=0)):
-        return read_adapter(final), final
+        return _from_file(final)
     newest = newest_valid_checkpoint(run_dir, print)
     if newest is not None and (final_step is None or newest.state.step > final_step):
         return _from_checkpoint(newest, weights)
     if final_step is None:
         raise UserError(f"run_dir={run_dir}: holds no {final.name} and no checkpoint; train first, or wait for one")
-    return read_adapter(final), final
+    return _from_file(final)
+
+
+def _from_file(path: Path) -> tuple[Trained, Path]:
+    metadata: Mapping[str, str] = read_safetensors_header(path).get("__metadata__", {})
+    name = read_provenance(metadata, str(path)).get("family", FIRST_FAMILY)
+    return family_named(name, path).extension().read(path), path
 
 
 def _final_step(path: Path) -> int:
@@ -83,17 +84,18 @@ def _final_step(path: Path) -> int:
     return int(read_provenance(metadata, str(path)).get("steps", 0))
 
 
-def _from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> tuple[Adapter, Path]:
+def _from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> tuple[Trained, Path]:
     config: dict[str, Any] = checkpoint.state.config
+    family = family_named(checkpoint.state.family, checkpoint.path)
     try:
-        lora = LoraExtension(config["lora"]["rank"], config["lora"]["alpha"], tuple(config["lora"]["targets"]))
+        extension = family.extension().from_options(config)
         geometry = Geometry(config["num_frames"], config["height"], config["width"], config["fps"])
         base_model = str(config["model"]["path"])
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: its state.json has no config of a run ({error}); take another") from error
-    provenance = make_provenance(base_model, geometry, checkpoint.state.step, weights=weights.value)
-    tensors = checkpoint.tensors("lora" if weights is Weights.raw else "ema")
-    return Adapter(tensors, lora.rank, lora.alpha, lora.target_modules, provenance), checkpoint.path
+    provenance = make_provenance(base_model, family.name, geometry, checkpoint.state.step, weights=weights.value)
+    tensors = checkpoint.tensors(extension.name if weights is Weights.raw else "ema")
+    return Trained(extension, tensors, provenance), checkpoint.path
 
 
 def main() -> None:

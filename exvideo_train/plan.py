@@ -49,5 +49,9 @@ def plan(config: Plan) -> None:
         atomic_write_json(Path(config.json), content)
 
 
-if __name__ == "__main__":
+def main() -> None:
     run_command(Plan, plan, name="plan", usage=USAGE)
+
+
+if __name__ == "__main__":
+    main()

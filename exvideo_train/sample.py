@@ -13,7 +13,8 @@ from exvideo_train.files import refuse_inputs
 if TYPE_CHECKING:
     import torch
 
-    from exvideo_train.extensions.adapter_file import Adapter
+    from exvideo_train.extensions.extension import Trained
+    from exvideo_train.geometry import Geometry
 
 USAGE = """\
 Make videos from prompts, with an adapter, and from the same noise without it.
@@ -28,8 +29,10 @@ def sample(config: Sample) -> None:
     geometry = config.geometry
     prompts = read_prompts(config)
 
-    from exvideo_train.models.cogvideox.sampler import SamplerSettings
+    from exvideo_train.models.registry import backbone_family, check_geometry, known_family, likely_family
+    from exvideo_train.models.stages import SamplerSettings
 
+    check_geometry(geometry, config.model.path)
     settings = SamplerSettings(
         scheduler=config.scheduler.value,
         num_inference_steps=config.num_inference_steps,
@@ -39,16 +42,21 @@ def sample(config: Sample) -> None:
     )
     device = choose_device(config.device)
 
-    from exvideo_train.extensions.adapter_file import read_adapter
     from exvideo_train.models.hub import resolve_model_path
     from exvideo_train.sampling.output import SampleWriter, own_files, prepare_folder
     from exvideo_train.sampling.pipeline import Sampling, sample_videos
 
-    adapter = read_adapter(Path(config.adapter)) if config.adapter else None
+    known, likely = known_family(config.model.path), likely_family(config.model.path)
+    # Before a download: a mistake in its name must not cost an hour.
+    adapter = likely.extension().read(Path(config.adapter), known and known.name) if config.adapter else None
     if adapter is not None:
         print(describe(adapter, geometry.num_frames))
+    parts = tuple(dict.fromkeys((*likely.training_parts, *likely.encoder_parts)))
+    model_path = resolve_model_path(config.model.path, config.model.revision, parts)
+    family = backbone_family(model_path)
+    family.grid.check(geometry)
     sampling = Sampling(
-        model_path=resolve_model_path(config.model.path, config.model.revision),
+        model_path=model_path,
         geometry=geometry,
         sampler=settings,
         device=device,
@@ -59,10 +67,11 @@ def sample(config: Sample) -> None:
         compare=config.compare,
         vae_tiling=config.vae_tiling,
         attention=config.memory.attention,
+        image_HWC=read_image(Path(config.image), geometry) if config.image else None,
     )
     output = Path(config.output)
     prepare_folder(output)
-    inputs = {"adapter": config.adapter, "prompts_file": config.prompts_file}
+    inputs = {"adapter": config.adapter, "prompts_file": config.prompts_file, "image": config.image}
     refuse_inputs("output", own_files(output), {name: [Path(path)] for name, path in inputs.items() if path})
     print(f"{len(prompts)} prompts x {len(sampling.variants)} videos of {geometry.name} on {device}", flush=True)
     writer = SampleWriter(output, sampling)
@@ -72,11 +81,13 @@ def sample(config: Sample) -> None:
 
 
 def read_prompts(config: Sample) -> list[str]:
-    """``prompt``, or the lines of ``prompts_file`` that are not empty.
+    """``prompt``, or the lines of ``prompts_file`` that are not empty; with an image, none need be given.
 
     Raises:
         UserError: both, neither, or a file without prompts.
     """
+    if config.image is not None and config.prompt is None and config.prompts_file is None:
+        return [""]
     if (config.prompt is None) == (config.prompts_file is None):
         given = "both are given" if config.prompt is not None else "neither is given"
         raise UserError(f'{given} of prompt and prompts_file; give prompt="..." or prompts_file=FILE')
@@ -119,14 +130,29 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
-def describe(adapter: Adapter, num_frames: int) -> str:
+def read_image(path: Path, geometry: Geometry) -> torch.Tensor:
+    """A picture cut at its centre and resized to the frames' size, uint8 RGB (H, W, C).
+
+    Raises:
+        UserError: it cannot be read, or is no picture.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (geometry.width, geometry.height))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"image={path}: cannot be read as a picture ({error}); name a PNG or JPEG file") from error
+    return torch.from_numpy(np.asarray(picture).copy())
+
+
+def describe(adapter: Trained, num_frames: int) -> str:
     """One line on an adapter, with a word of warning when it was trained at another length."""
-    about = adapter.provenance
-    line = f"adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, {len(adapter.tensors) // 2} Linears"
-    if about:
-        line += f"; {about.get('num_frames')} frames, {about.get('steps')} steps on {about.get('base_model')}"
-        if about.get("num_frames") not in (None, num_frames):
-            line += f"\nnote: trained at {about['num_frames']} frames, sampled at num_frames={num_frames}"
+    line = f"adapter: {adapter.describe()}"
+    if (trained_at := adapter.provenance.get("num_frames", num_frames)) != num_frames:
+        line += f"\nnote: trained at {trained_at} frames, sampled at num_frames={num_frames}"
     return line
 
 

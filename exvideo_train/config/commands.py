@@ -63,6 +63,8 @@ class Sample(Experiment):
     """Text of the video to make."""
     prompts_file: str | None = None
     """Text file with a prompt a line, instead of prompt."""
+    image: str | None = None
+    """Picture that every video begins with, for models that take one; cut and resized to the frames' size."""
     adapter: str | None = None
     """Adapter file in any exported format; unset samples the base model."""
     adapter_scale: float = 1.0

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from exvideo_train.geometry import Geometry
 
@@ -241,5 +244,12 @@ class Experiment:
 
     @property
     def geometry(self) -> Geometry:
-        """The experiment's geometry; raises UserError for values the model cannot take."""
+        """The experiment's geometry; raises UserError for values that no model takes."""
         return Geometry(self.num_frames, self.height, self.width, self.fps)
+
+
+def plain_config(config: Experiment) -> dict[str, Any]:
+    """A config as JSON values."""
+    content = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}

@@ -1,7 +1,7 @@
-"""Adapter files of three program families, and back.
+"""LoRA files of three programs, and back.
 
 Inside the project an adapter is tensors named as the published checkpoint names modules
-(``transformer_blocks.0.attn1.to_q.lora_A.weight``), a rank and an alpha. Each family reads the same update from other
+(``transformer_blocks.0.attn1.to_q.lora_A.weight``), a rank and an alpha. Each program reads the same update from other
 names, and only diffusers can be told alpha: for the others ``alpha / rank`` is folded into B.
 """
 
@@ -24,29 +24,13 @@ from exvideo_train.extensions import peft_config
 from exvideo_train.extensions.peft_config import check_alpha, read_json_object, read_lora_config, write_lora_config
 from exvideo_train.extensions.provenance import check_provenance
 from exvideo_train.files import atomic_save_safetensors, read_safetensors_header, short
+from exvideo_train.models.registry import FIRST_FAMILY, family_named
 
 FORMATS = ("diffusers", "diffsynth", "comfyui")
 
 # Our key in a file's header; diffusers' own is peft_config.METADATA_KEY.
 PROVENANCE = "exvideo_train"
 
-# Linears of CogVideoX in the published checkpoint and in DiffSynth-Studio <= 1.1.9 (models/cog_dit.py); {n} is a block.
-DIFFSYNTH_NAMES = {
-    "patch_embed.text_proj": "context_embedder",
-    "time_embedding.linear_1": "time_embedder.timestep_embedder.0",
-    "time_embedding.linear_2": "time_embedder.timestep_embedder.2",
-    "transformer_blocks.{n}.norm1.linear": "blocks.{n}.norm1.linear",
-    "transformer_blocks.{n}.norm2.linear": "blocks.{n}.norm2.linear",
-    "transformer_blocks.{n}.attn1.to_q": "blocks.{n}.attn1.to_q",
-    "transformer_blocks.{n}.attn1.to_k": "blocks.{n}.attn1.to_k",
-    "transformer_blocks.{n}.attn1.to_v": "blocks.{n}.attn1.to_v",
-    "transformer_blocks.{n}.attn1.to_out.0": "blocks.{n}.attn1.to_out",
-    "transformer_blocks.{n}.ff.net.0.proj": "blocks.{n}.ff.0",
-    "transformer_blocks.{n}.ff.net.2": "blocks.{n}.ff.2",
-    "norm_out.linear": "norm_out.linear",
-    "proj_out": "proj_out",
-}
-PUBLISHED_NAMES = {theirs: published for published, theirs in DIFFSYNTH_NAMES.items()}
 BLOCK = re.compile(r"(?<=blocks\.)\d+(?=\.)")
 
 TENSOR_NAME = re.compile(r"(?P<module>.+)\.(?P<half>lora_[AB])\.weight")
@@ -111,22 +95,23 @@ def write_adapter(
     metadata = {"format": "pt", PROVENANCE: json.dumps(stated, sort_keys=True)}
     if format == "diffusers":
         metadata[peft_config.METADATA_KEY] = write_lora_config(rank, alpha, targets or modules)
+    diffsynth_names = family_named(stated.get("family", FIRST_FAMILY), path).diffsynth_names
     folded = 1.0 if format == "diffusers" else alpha / rank
     content = {}
     for module in modules:
         down, up = (tensors[f"{module}.{half}.weight"].detach().float().cpu() for half in ("lora_A", "lora_B"))
-        down_name, up_name = _names_in(format, module)
+        down_name, up_name = _names_in(format, module, diffsynth_names)
         content[down_name] = down.contiguous()
         content[up_name] = (up * folded).contiguous()
     _check_finite(content, str(path))
     atomic_save_safetensors(path, content, metadata)
 
 
-def _names_in(format: str, module: str) -> tuple[str, str]:
+def _names_in(format: str, module: str, diffsynth_names: Mapping[str, str]) -> tuple[str, str]:
     """Keys of A and B."""
     if format == "diffsynth":
         # With PEFT's adapter name, as DiffSynth's own trainer writes them.
-        name = _rename(module, DIFFSYNTH_NAMES)
+        name = _rename(module, diffsynth_names)
         if name is None:
             raise UserError(
                 f"format=diffsynth: DiffSynth has no name for {module}, and it ignores a file with one unknown key; "
@@ -171,10 +156,14 @@ def _check_finite(tensors: Mapping[str, Tensor], path: str) -> None:
             raise UserError(f"{path}: {name} holds values that are not finite; take an earlier checkpoint")
 
 
-def read_adapter(path: Path) -> Adapter:
-    """Read an adapter file of any of the three families, ours or others'.
+def read_adapter(path: Path, family: str | None = None) -> Adapter:
+    """Read an adapter file of any of the three programs, ours or others'.
 
     A file without diffusers' metadata has alpha equal to rank, as its readers take it.
+
+    Args:
+        family: of the model that it is for: one name is DiffSynth's in one family and diffusers' own in another.
+            None takes the file's own word, or that of the time when there was one family.
 
     Raises:
         UserError: the file is missing, truncated or no LoRA, its header is broken or contradicts its tensors, or it
@@ -182,7 +171,12 @@ def read_adapter(path: Path) -> Adapter:
     """
     header = read_safetensors_header(path)
     metadata: dict[str, str] = header.pop("__metadata__", {})
-    names = _published_names(header, str(path))
+    provenance = read_provenance(metadata, str(path))
+    stated_family = provenance.get("family", FIRST_FAMILY if provenance else family or FIRST_FAMILY)
+    if family is not None and family != stated_family:
+        raise UserError(f"{path}: an adapter for {short(stated_family)}; the model is {family}: give one for it")
+    published = {theirs: ours for ours, theirs in family_named(stated_family, path).diffsynth_names.items()}
+    names = _published_names(header, published, str(path))
     rank = next(header[name]["shape"][0 if ".lora_A." in ours else 1] for name, ours in names.items())
     try:
         tensors = {names[name]: tensor.float() for name, tensor in load_file(path).items()}
@@ -190,7 +184,6 @@ def read_adapter(path: Path) -> Adapter:
         raise UserError(f"{path} cannot be read ({error}); fetch or write it again") from error
     modules = _check_pairs(tensors, rank, str(path))
     _check_finite(tensors, str(path))
-    provenance = read_provenance(metadata, str(path))
     alpha, targets = float(rank), tuple(modules)
     stated = metadata.get(peft_config.METADATA_KEY, "")
     if stated:
@@ -199,8 +192,8 @@ def read_adapter(path: Path) -> Adapter:
     return Adapter(tensors, rank, alpha, targets, provenance)
 
 
-def _published_names(header: Mapping[str, Any], path: str) -> dict[str, str]:
-    """Published name of each tensor, whose number format and axes are checked too, before any of them is read."""
+def _published_names(header: Mapping[str, Any], published: Mapping[str, str], path: str) -> dict[str, str]:
+    """Published name of each tensor; number formats and axes are checked too, before a tensor is read."""
     if not header:
         raise UserError(f"{path}: no LoRA tensors; the adapter is empty")
     theirs: dict[str, str] = {}
@@ -208,9 +201,7 @@ def _published_names(header: Mapping[str, Any], path: str) -> dict[str, str]:
     for name, entry in header.items():
         match = FOREIGN_NAME.fullmatch(name)
         if match is None or len(name) > _LONGEST_NAME:
-            raise UserError(
-                f"{path}: {short(name)} is no LoRA tensor; give an adapter for CogVideoX (lora_A and lora_B)"
-            )
+            raise UserError(f"{path}: {short(name)} is no LoRA tensor; give an adapter of lora_A and lora_B")
         first_by_way.setdefault(match.group("prefix", "adapter"), name)
         if len(first_by_way) > 1:
             # Of two names for one module, or two adapters in one file, either would be taken silently.
@@ -222,7 +213,7 @@ def _published_names(header: Mapping[str, Any], path: str) -> dict[str, str]:
             raise UserError(
                 f"{path}: {name} has shape {short(entry['shape'])}; A and B have two axes, none of them empty"
             )
-        module = _rename(match["module"], PUBLISHED_NAMES) or match["module"]
+        module = _rename(match["module"], published) or match["module"]
         ours = f"{module}.{match['half']}.weight"
         if ours in theirs:
             raise UserError(f"{path}: {theirs[ours]} and {name} are one tensor's names in two programs; write it again")

@@ -1,20 +1,49 @@
-"""What training may know of the thing that is trained: engine, checkpoints, loop and export ask this, and no more."""
+"""What the project may know of the thing that is trained: training, export, sampling and plan ask this, no more."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
 class Extension(Protocol):
-    """Parameters added to, or chosen from, a frozen network."""
+    """Parameters added to, or chosen from, a frozen network. Equal ones compare and hash alike."""
+
+    def __hash__(self) -> int: ...
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Extension:
+        """What a run's options ask for, as JSON values: of a config, or as a checkpoint keeps them.
+
+        Raises:
+            LookupError, TypeError: an option is missing or of another type, as only a damaged checkpoint's can be.
+            UserError: a value outside its range.
+        """
+
+    @classmethod
+    def read(cls, path: Path, family: str | None = None) -> Trained:
+        """Read a file that :meth:`write` or another program wrote.
+
+        Args:
+            family: of the model that it is for, if that is known; else the file's own word is taken.
+
+        Raises:
+            UserError: it is missing, broken, hostile, or of another family.
+        """
 
     @property
     def name(self) -> str:
         """Of the file that holds its weights in a checkpoint: ``<name>.safetensors``."""
+
+    @property
+    def shape_options(self) -> tuple[str, ...]:
+        """Options that its parameters have their shapes or meaning from: a run goes on with the same ones."""
 
     @property
     def has_dropout(self) -> bool:
@@ -40,9 +69,45 @@ class Extension(Protocol):
             UserError: they do not fit; names ``source``, and nothing has been copied then.
         """
 
+    def place(self, network: nn.Module, trained: Trained, dtype: torch.dtype, scale: float, source: str) -> None:
+        """Put finished weights on a network for sampling, in ``dtype``, not trainable.
+
+        Args:
+            scale: strength; 1 is as trained.
+            source: their file, named in the error.
+
+        Raises:
+            UserError: they are of another model.
+        """
+
+    def without(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Within it the network computes as if nothing had been trained; nothing else about it changes."""
+
     def write(self, path: Path, format: str, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
         """Write a file that other programs load, whole or not at all.
 
         Raises:
             UserError: a format that it has not, or tensors that are not its own.
         """
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gave.
+
+    Args:
+        tensors: float32, by published name.
+        provenance: base model, frames, steps, commit; empty in other programs' files.
+    """
+
+    extension: Extension
+    tensors: Mapping[str, Tensor]
+    provenance: Mapping[str, Any]
+
+    def describe(self) -> str:
+        """One line for people."""
+        about = self.provenance
+        line = f"{self.extension.describe()}, {len(self.tensors)} tensors"
+        if about:
+            line += f"; {about.get('num_frames')} frames, {about.get('steps')} steps on {about.get('base_model')}"
+        return line

@@ -19,9 +19,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from exvideo_train.config.experiment import LoraConfig
 from exvideo_train.errors import UserError
-from exvideo_train.extensions.adapter_file import Adapter, write_adapter
+from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
+from exvideo_train.extensions.extension import Trained
 from exvideo_train.extensions.peft_config import check_alpha
 from exvideo_train.randomness import generator_for
 
@@ -61,16 +61,26 @@ class LoraExtension:
             raise UserError("lora.targets=[]: nothing would be trained; name at least one Linear, e.g. attn1.to_q")
 
     @classmethod
-    def from_config(cls, config: LoraConfig) -> LoraExtension:
-        """Raises UserError for a value outside its range."""
-        return cls(config.rank, config.alpha, tuple(config.targets), config.dropout)
+    def from_options(cls, options: Mapping[str, Any]) -> LoraExtension:
+        lora = options["lora"]
+        return cls(lora["rank"], lora["alpha"], tuple(lora["targets"]), lora["dropout"])
+
+    @classmethod
+    def read(cls, path: Path, family: str | None = None) -> Trained:
+        adapter = read_adapter(path, family)
+        extension = cls(adapter.rank, adapter.alpha, adapter.targets)
+        return Trained(extension, adapter.tensors, adapter.provenance)
+
+    @property
+    def shape_options(self) -> tuple[str, ...]:
+        return "lora.rank", "lora.alpha", "lora.targets"
 
     @property
     def has_dropout(self) -> bool:
         return self.dropout > 0
 
     def describe(self) -> str:
-        return f"LoRA rank {self.rank}"
+        return f"LoRA rank {self.rank}, alpha {self.alpha:g}"
 
     def attach(self, network: nn.Module, seed: int) -> None:
         apply_lora(network, self, seed)
@@ -80,6 +90,12 @@ class LoraExtension:
 
     def load(self, network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
         load_lora_state(network, tensors, source)
+
+    def place(self, network: nn.Module, trained: Trained, dtype: torch.dtype, scale: float, source: str) -> None:
+        attach_adapter(network, self, trained, dtype, scale, source)
+
+    def without(self, network: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return lora_disabled(network)
 
     def write(self, path: Path, format: str, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
         write_adapter(path, format, tensors, self.rank, self.alpha, self.target_modules, provenance)
@@ -233,25 +249,28 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def attach_adapter(backbone: nn.Module, adapter: Adapter, dtype: torch.dtype, scale: float, source: str) -> nn.Module:
-    """Put a finished adapter on a backbone for sampling, in the backbone's dtype, unmerged and not trainable.
+def attach_adapter(
+    backbone: nn.Module, lora: LoraExtension, trained: Trained, dtype: torch.dtype, scale: float, source: str
+) -> None:
+    """Put a finished adapter on a backbone for sampling, in ``dtype``, unmerged and not trainable.
 
     Args:
+        lora: the adapter's; which Linears it updates, its tensors say.
         scale: strength; 1 is as trained.
         source: the adapter's file, for the message.
 
     Raises:
         UserError: the adapter is of another model.
     """
-    modules = tuple(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in adapter.tensors))
+    modules = tuple(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in trained.tensors))
     linears = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
     if unknown := sorted(set(modules) - linears):
         raise UserError(
             f"adapter={source} does not fit the model: it updates {unknown[0]} (and {len(unknown) - 1} more) that "
-            f"{type(backbone).__name__} has not; its base model is {adapter.provenance.get('base_model', 'not stated')}"
+            f"{type(backbone).__name__} has not; its base model is {trained.provenance.get('base_model', 'not stated')}"
         )
-    apply_lora(backbone, LoraExtension(adapter.rank, adapter.alpha, modules), seed=0)
-    load_lora_state(backbone, adapter.tensors, f"adapter={source}")
+    apply_lora(backbone, LoraExtension(lora.rank, lora.alpha, modules), seed=0)
+    load_lora_state(backbone, trained.tensors, f"adapter={source}")
     cast_lora(backbone, dtype)
     set_lora_scale(backbone, scale)
-    return backbone.requires_grad_(False)
+    backbone.requires_grad_(False)

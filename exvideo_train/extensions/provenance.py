@@ -12,6 +12,7 @@ import exvideo_train
 from exvideo_train.errors import UserError
 from exvideo_train.files import short
 from exvideo_train.geometry import Geometry
+from exvideo_train.models.registry import FIRST_FAMILY
 
 PACKAGE = Path(exvideo_train.__file__).resolve().parent
 
@@ -30,7 +31,7 @@ def _is_positive(value: Any) -> bool:
 
 # What each field is, for those who read a file; others may stand there too.
 _FIELDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("base_model", "version", "commit", "weights", "adapter_format"), _is_text),
+    **dict.fromkeys(("base_model", "family", "version", "commit", "weights", "adapter_format"), _is_text),
     **dict.fromkeys(("num_frames", "height", "width", "steps", "rank"), _is_count),
     **dict.fromkeys(("fps", "alpha"), _is_positive),
 }
@@ -49,16 +50,18 @@ def check_provenance(content: Mapping[str, Any], path: str) -> None:
             )
 
 
-def make_provenance(base_model: str, geometry: Geometry, steps: int, **more: Any) -> dict[str, Any]:
+def make_provenance(base_model: str, family: str, geometry: Geometry, steps: int, **more: Any) -> dict[str, Any]:
     """Base model, frames, size, rate, steps and commit of a run; rank and alpha are added when the file is written.
 
     Args:
         base_model: hub id or folder, as the run was given it.
+        family: its family's name; left out for the first one, whose files were made before there were others.
         steps: optimizer steps taken.
         more: further JSON values, such as the weights' kind (raw, ema) or the store's fingerprint.
     """
     return {
         "base_model": base_model,
+        **({} if family == FIRST_FAMILY else {"family": family}),
         "num_frames": geometry.num_frames,
         "height": geometry.height,
         "width": geometry.width,

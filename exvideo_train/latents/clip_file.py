@@ -86,6 +86,11 @@ class TensorRule:
     shape: tuple[int | None, ...]
     num_channels_divides_by: int = 1
 
+    def with_channels(self, channels: int | None) -> TensorRule:
+        """The same of a known number of channels; None leaves it open."""
+        shape = tuple(channels if axis is None else axis for axis in self.shape)
+        return TensorRule(self.dtype, shape, self.num_channels_divides_by)
+
     def check(self, name: str, entry: Mapping[str, Any]) -> None:
         """Hold a header's entry against the rule.
 

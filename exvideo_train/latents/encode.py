@@ -52,7 +52,7 @@ def encode_latents(config: EncodeLatents) -> None:
     if config.dry_run:
         if launch.rank == 0:
             print(
-                _plan(config, settings, LatentStore.create(settings.store_path, settings.scaling_factor)).describe(
+                _plan(config, settings, LatentStore.create(settings.store_path, settings.normalisation)).describe(
                     settings
                 )
             )
@@ -72,7 +72,7 @@ def _plan(config: EncodeLatents, settings: EncodeSettings, store: LatentStore) -
 
 def _prepare(config: EncodeLatents, settings: EncodeSettings, launch: Launch) -> tuple[LatentStore, Plan]:
     """Everything before the first clip: store, plan, work list."""
-    store = LatentStore.create(settings.store_path, settings.scaling_factor)
+    store = LatentStore.create(settings.store_path, settings.normalisation)
     plan = _plan(config, settings, store)
     print(plan.describe(settings), flush=True)
     store.add_geometry(settings.fingerprint)
@@ -121,7 +121,7 @@ def _encode(
     interrupted, failure = False, None
     with _stop_on_signals():
         try:
-            if plan.pending or not store.empty_prompt_path.exists():
+            if plan.pending or store.lacks_empty_prompt():
                 _run_to_the_end(supervisor, settings, launch)
         except KeyboardInterrupt:
             interrupted = True

@@ -1,4 +1,4 @@
-"""One encoding process: T5 and the VAE on one device, fed by decoding processes, writing into the store.
+"""One encoding process: a family's encoders on one device, fed by decoding processes, writing into the store.
 
 Axis letters: C channel, T latent frames, F video frames, H height, W width, L text tokens.
 """
@@ -26,6 +26,8 @@ from exvideo_train.latents.work import Heartbeat, WorkList
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from exvideo_train.models.stages import TextEncoder, VideoEncoder
 
 # Clips of equal captions are neighbours in the work list; decoding returns them slightly out of order.
 CAPTIONS_KEPT = 32
@@ -56,26 +58,28 @@ class Totals:
 
 
 class ClipEncoder:
-    """T5 and the VAE of one process: frames and a caption -> what the store keeps."""
+    """The encoders of one process: frames and a caption -> what the store keeps."""
 
     def __init__(self, settings: EncodeSettings, device: str) -> None:
         import torch
-
-        from exvideo_train.models.cogvideox.encoders import TextEncoder, VideoEncoder
 
         if device == "cpu":
             # Threads that wait for each other on cores taken by decoding cost 40 times more than they bring.
             torch.set_num_threads(max(1, torch.get_num_threads() - settings.decode_workers))
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[settings.dtype]
-        self._text = TextEncoder(settings.model_path, device, dtype, settings.text_length)
-        self._video = VideoEncoder(settings.model_path, device, dtype, settings.tiling)
-        self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
+        family, text_length = settings.family, settings.fingerprint.text_length
+        self._text: TextEncoder | None = None
+        if family.text_encoder is not None:
+            self._text = family.text_encoder()(settings.model_path, device, dtype, text_length)
+        self._video: VideoEncoder = family.video_encoder()(settings.model_path, device, dtype, settings.tiling)
+        self._embeddings: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
-    def text(self, caption: str) -> Tensor:
-        """Embedding (L, C) of a caption on the CPU; the last ones are kept."""
+    def caption_tensors(self, caption: str) -> dict[str, Tensor]:
+        """What is stored of a caption, on the CPU; the last ones are kept."""
+        if self._text is None:
+            return {}
         if caption not in self._embeddings:
-            # One at a time: a caption's last bits must not depend on what it shares a batch with.
-            self._embeddings[caption] = self._text.encode([caption])[0].cpu()
+            self._embeddings[caption] = _on_cpu(self._text.tensors(caption))
             if len(self._embeddings) > CAPTIONS_KEPT:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(caption)
@@ -83,17 +87,17 @@ class ClipEncoder:
 
     def num_tokens_cut(self, caption: str) -> int:
         """Tokens at the caption's end that its embedding does not hold."""
-        return self._text.num_tokens_cut(caption)
+        return self._text.num_tokens_cut(caption) if self._text is not None else 0
 
-    def moments(self, frames_FHWC: Tensor) -> Tensor:
-        """Moments (2C, T, H, W) on the CPU.
+    def frame_tensors(self, frames_FHWC: Tensor, fps: float) -> dict[str, Tensor]:
+        """What is stored of a clip's frames, on the CPU.
 
         Raises:
             UserError: the device's memory is too small.
         """
 
         try:
-            return self._video.encode(frames_FHWC).cpu()
+            return _on_cpu(self._video.tensors(frames_FHWC, fps))
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -101,6 +105,10 @@ class ClipEncoder:
                 f"the GPU's memory is too small to encode {tuple(frames_FHWC.shape[:3])} frames: set tiling=true, "
                 f"or choose a smaller geometry ({str(error).split('.')[0]})"
             ) from error
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -111,10 +119,10 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in cudnn)
 
 
-def not_finite(moments_CTHW: Tensor, text_LC: Tensor) -> Failure | None:
-    """A failure if the VAE or T5 gave infinities or NaNs, which training must never see."""
-    for tensor, encoder in ((moments_CTHW, "the VAE"), (text_LC, "the text encoder")):
-        if not tensor.isfinite().all():
+def not_finite(frame_tensors: dict[str, Tensor], caption_tensors: dict[str, Tensor]) -> Failure | None:
+    """A failure if an encoder gave infinities or NaNs, which training must never see."""
+    for tensors, encoder in ((frame_tensors, "the VAE"), (caption_tensors, "the text encoder")):
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
             remedy = "encoder_dtype=bf16 has more range than fp16"
             return Failure("not_finite", f"{encoder} gave infinite or NaN values; {remedy}")
     return None
@@ -140,8 +148,8 @@ class EncodeLoop:
         Raises:
             UserError: the disk is full or not writable, or the GPU's memory is too small.
         """
-        if not self.store.empty_prompt_path.exists():
-            self.store.write_empty_prompt(encoder.text(""))
+        if self.store.lacks_empty_prompt():
+            self.store.write_empty_prompt(encoder.caption_tensors(""))
         settings = self.settings
         pool = DecodePool(settings.decode_options, settings.decode_workers, settings.prefetch_clips)
         writes: deque[tuple[ClipRecord, Future[tuple[int, float]]]] = deque()
@@ -191,9 +199,9 @@ class EncodeLoop:
             return
         self.report(("began", record))
         began = time.monotonic()
-        text_LC = encoder.text(record.caption)
-        moments_CTHW = encoder.moments(decoded.frames_FHWC)
-        failure = not_finite(moments_CTHW, text_LC)
+        of_caption = encoder.caption_tensors(record.caption)
+        of_frames = encoder.frame_tensors(decoded.frames_FHWC, record.sampling_fps or self.settings.geometry.fps)
+        failure = not_finite(of_frames, of_caption)
         self.totals.encode_seconds += time.monotonic() - began
         if failure is not None:
             self._settle_failure(record, failure)
@@ -202,8 +210,7 @@ class EncodeLoop:
             self.store.write_clip,
             record.clip_id,
             self.settings.geometry,
-            moments_CTHW,
-            text_LC,
+            {**of_frames, **of_caption},
             record.caption,
             sampling_fps=record.sampling_fps,
             num_tokens_cut=encoder.num_tokens_cut(record.caption),

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,15 @@ from exvideo_train.latents.untrusted import (
     TEXT,
     YES_OR_NO,
     check_fields,
-    check_scaling_factor,
 )
-from exvideo_train.models.config_file import MAX_TEXT_LENGTH, check_bounds, read_config
+from exvideo_train.models.family import Family
+from exvideo_train.models.registry import FIRST_FAMILY, encoders_family, family_named
 
-# The folders of the published layout whose files shape what is stored.
-COMPONENTS = ("vae", "text_encoder", "tokenizer")
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt")
 # Raise it whenever clips.reader would give other pixels for the same clip: sampling moments, resize, crop.
 FRAME_RULE_VERSION = 1
-# Stores made before decoders could be chosen name none, and remain valid.
-_UNNAMED_DECODER = "pyav"
-PUBLISHED_TEXT_LENGTH = 226
+# Stores made before decoders and families could be chosen name none, and remain valid.
+_UNNAMED = {"decoder": "pyav", "family": FIRST_FAMILY}
 
 _REMEDIES = {
     "model": "point model.path to the model that encoded the store, or encode into a new latents folder",
@@ -44,9 +42,7 @@ _REMEDIES = {
     "geometry": "set num_frames, height, width and fps to a geometry of the store, or encode this geometry into it",
 }
 _FIELD_KIND = {
-    "vae_sha256": "model",
-    "text_encoder_sha256": "model",
-    "tokenizer_sha256": "model",
+    "family": "model",
     "num_frames": "geometry",
     "height": "geometry",
     "width": "geometry",
@@ -58,7 +54,7 @@ _KINDS = {
     "frame_rule_version": COUNT,
 }
 _KINDS_OR_NULL = {
-    **dict.fromkeys(("vae_sha256", "text_encoder_sha256", "tokenizer_sha256", "decoder"), TEXT),
+    "decoder": TEXT,
     **dict.fromkeys(("vae_dtype", "text_dtype"), DTYPE),
     "tiling": YES_OR_NO,
     "text_length": POSITIVE_COUNT,
@@ -73,9 +69,8 @@ class Fingerprint:
     encoder's folder, and training does not choose the encoders' number formats.
     """
 
-    vae_sha256: str | None
-    text_encoder_sha256: str | None
-    tokenizer_sha256: str | None
+    sha256: Mapping[str, str | None]
+    """By folder of the published model, of the family's ``encoder_parts``."""
     vae_dtype: str | None
     text_dtype: str | None
     tiling: bool | None
@@ -86,6 +81,7 @@ class Fingerprint:
     fps: float
     frame_rule_version: int = FRAME_RULE_VERSION
     decoder: str | None = None
+    family: str = FIRST_FAMILY
 
     @property
     def geometry(self) -> Geometry:
@@ -93,13 +89,20 @@ class Fingerprint:
 
     def differences(self, other: Fingerprint) -> list[tuple[str, Any, Any]]:
         """(field, own value, other's value) of the fields known on both sides that differ."""
-        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        own, others = self._flat(), other._flat()
+        pairs = ((name, own.get(name), others.get(name)) for name in own | others)
         return [(name, a, b) for name, a, b in pairs if a is not None and b is not None and a != b]
 
-    def to_json(self) -> dict[str, Any]:
+    def _flat(self) -> dict[str, Any]:
         content = asdict(self)
-        if self.decoder == _UNNAMED_DECODER:
-            del content["decoder"]
+        return {**{f"{part}_sha256": digest for part, digest in content.pop("sha256").items()}, **content}
+
+    def to_json(self) -> dict[str, Any]:
+        """What stores made before there was a choice do not name is left out: it stands in every file as a digest."""
+        content = self._flat()
+        for name, unnamed in _UNNAMED.items():
+            if content[name] == unnamed:
+                del content[name]
         return content
 
     @classmethod
@@ -111,8 +114,9 @@ class Fingerprint:
         """
         if not isinstance(content, dict):
             raise UserError(f"{where}: {short(content)} is no fingerprint; fetch the store again")
-        content = {"decoder": _UNNAMED_DECODER, **content}
-        known = {f.name for f in fields(cls)}
+        content = {**_UNNAMED, **content}
+        parts = [f"{part}_sha256" for part in family_named(content["family"], where).encoder_parts]
+        known = {f.name for f in fields(cls)} - {"sha256"} | set(parts)
         if set(content) != known:
             odd = sorted(map(short, set(content) ^ known))
             raise UserError(
@@ -120,9 +124,10 @@ class Fingerprint:
                 "use the version that wrote the store, or encode into a new latents folder"
             )
         try:
-            check_fields(content, _KINDS, _KINDS_OR_NULL)
-            fingerprint = cls(**content)
-            _ = fingerprint.geometry
+            check_fields(content, _KINDS, {**_KINDS_OR_NULL, **dict.fromkeys(parts, TEXT)})
+            digests = {part.removesuffix("_sha256"): content.pop(part) for part in parts}
+            fingerprint = cls(sha256=digests, **content)
+            family_named(fingerprint.family, where).grid.check(fingerprint.geometry)
         except ValueError as error:
             raise UserError(
                 f"{where}: in a fingerprint {error}; fetch the store again, or encode into a new latents folder"
@@ -136,7 +141,7 @@ class Fingerprint:
 
 def explain_differences(differences: list[tuple[str, Any, Any]], store: Path) -> str:
     """One line a field with both values, and what to do."""
-    kinds = [_FIELD_KIND.get(name, "encoding") for name, _, _ in differences]
+    kinds = ["model" if name.endswith("_sha256") else _FIELD_KIND.get(name, "encoding") for name, _, _ in differences]
     lines = [f"the latent store {store} does not fit this run:"]
     lines += [f"  {name}: the store has {a}, this run has {b}" for name, a, b in differences]
     lines += [_REMEDIES[kind] for kind in dict.fromkeys(kinds)]
@@ -152,6 +157,7 @@ def model_fingerprint(
     text_dtype: str | None = None,
     tiling: bool | None = None,
     text_length: int | None = None,
+    family: Family[Any] | None = None,
     write_cache: bool = True,
 ) -> Fingerprint:
     """Fingerprint of encoding with the model in ``model_path``.
@@ -162,51 +168,27 @@ def model_fingerprint(
         decoder: ``decord`` or ``pyav``, as of :func:`~exvideo_train.clips.reader.read_frames`; None leaves it open.
         vae_dtype, text_dtype: number formats of the encoders; None leaves them open.
         tiling: whether the VAE encodes in tiles; None leaves it open.
-        text_length: tokens a caption; None takes the transformer config's ``max_text_seq_length``.
+        text_length: tokens a caption; None asks the family.
+        family: of the model; None looks for it in the folder.
         write_cache: keep the digests of large files in the user's cache folder.
 
     Raises:
         UserError: a file of the model cannot be read.
     """
-    digests = {name: component_digest(model_path / name, write_cache) for name in COMPONENTS}
+    family = family or encoders_family(model_path)
     return Fingerprint(
-        vae_sha256=digests["vae"],
-        text_encoder_sha256=digests["text_encoder"],
-        tokenizer_sha256=digests["tokenizer"],
+        sha256={name: component_digest(model_path / name, write_cache) for name in family.encoder_parts},
         vae_dtype=vae_dtype,
         text_dtype=text_dtype,
         tiling=tiling,
-        text_length=text_length if text_length is not None else read_text_length(model_path),
+        text_length=text_length if text_length is not None else family.read_text_length(model_path),
         num_frames=geometry.num_frames,
         height=geometry.height,
         width=geometry.width,
         fps=float(geometry.fps),
         decoder=decoder,
+        family=family.name,
     )
-
-
-def read_text_length(model_path: Path) -> int:
-    """Tokens a caption is padded to: ``max_text_seq_length`` of transformer/config.json.
-
-    226, as of every published CogVideoX, where the model's folder has no transformer: encoding downloads none.
-    """
-    path = model_path / "transformer" / "config.json"
-    config = read_config(path) if path.exists() else {}
-    check_bounds(config, {"max_text_seq_length": (1, MAX_TEXT_LENGTH)}, path)
-    return int(config.get("max_text_seq_length", PUBLISHED_TEXT_LENGTH))
-
-
-def read_scaling_factor(model_path: Path) -> float:
-    """Factor between the VAE's posterior and the DiT's latents: ``scaling_factor`` of vae/config.json.
-
-    Raises:
-        UserError: the file cannot be read, or the factor is missing, no number, or not positive and finite.
-    """
-    path = model_path / "vae" / "config.json"
-    config = read_config(path)
-    if "scaling_factor" not in config:
-        raise UserError(f"{path} has no scaling_factor; point model.path to a CogVideoX model")
-    return check_scaling_factor(config["scaling_factor"], path)
 
 
 def component_digest(folder: Path, write_cache: bool = True) -> str | None:

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +39,7 @@ from exvideo_train.latents.untrusted import (
     place_aside,
     set_aside,
 )
+from exvideo_train.models.stages import VideoEncoder
 
 Index = Mapping[tuple[str, str], IndexEntry]
 _OF_A_STORE = ("store.json", "index.jsonl", "empty_prompt.safetensors")
@@ -224,7 +224,7 @@ def _repair(store: LatentStore, found: StoreVerification, indexed: Index) -> Non
 def _check_clip(store: LatentStore, geometry: Geometry, clip_id: str) -> IndexEntry | UnusableLatent:
     try:
         clip = store.read(clip_id, geometry, verify=True)
-        check_finite(store.clip_path(clip_id, geometry), {"moments": clip.moments_CTHW, "text": clip.text_LC})
+        check_finite(store.clip_path(clip_id, geometry), clip.tensors)
         return store.read_entry(clip_id, geometry)
     except UnusableLatent as error:
         return error
@@ -322,7 +322,7 @@ def _spread(items: Sequence[str], count: int) -> list[str]:
 
 def describe_stats(store: LatentStore, num_clips: int) -> str:
     """Counts, sizes, and mean and standard deviation of each latent channel over some clips, scaled as in training."""
-    lines = [f"store {store.path}, scaling factor {store.scaling_factor:g}"]
+    lines = [f"store {store.path}, {store.normalisation.describe()}"]
     entries = store.read_index().values()
     for geometry in store.geometries():
         sizes = [entry.num_bytes for entry in entries if entry.geometry == geometry.name]
@@ -347,11 +347,11 @@ def channel_stats(store: LatentStore, geometry: Geometry, clip_ids: Sequence[str
     sum_C, square_C, noise_C = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     count = 0
     for clip_id in clip_ids:
-        mean_CTHW, log_variance_CTHW = store.read(clip_id, geometry).moments_CTHW.double().chunk(2, dim=0)
-        mean_CTHW = mean_CTHW * store.scaling_factor
+        stored_CTHW = store.read(clip_id, geometry).tensors[store.family.latents_name].double()
+        mean_CTHW = store.normalisation.mean(stored_CTHW).double()
         sum_C = sum_C + mean_CTHW.sum(dim=(1, 2, 3))
         square_C = square_C + mean_CTHW.square().sum(dim=(1, 2, 3))
-        noise_C = noise_C + (0.5 * log_variance_CTHW.clamp(-30, 20)).exp().sum(dim=(1, 2, 3)) * store.scaling_factor
+        noise_C = noise_C + store.normalisation.deviation(stored_CTHW).double().sum(dim=(1, 2, 3))
         count += mean_CTHW[0].numel()
     mean_C = sum_C / count
     return mean_C, (square_C / count - mean_C.square()).clamp(min=0).sqrt(), noise_C / count
@@ -364,13 +364,12 @@ def write_previews(store: LatentStore, model_path: Path, device: str, num_clips:
         UserError: the model is not the one that encoded the store.
     """
     from exvideo_train.latents.fingerprint import model_fingerprint
-    from exvideo_train.models.cogvideox.encoders import VideoEncoder
 
     pictures = []
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     for geometry in store.geometries():
         store.require(model_fingerprint(model_path, geometry))
-    vae = VideoEncoder(model_path, device, dtype, tiling=False)
+    vae: VideoEncoder = store.family.video_encoder()(model_path, device, dtype, False)
     for geometry in store.geometries():
         rows = list(_preview_rows(store, geometry, vae, num_clips))
         path = folder / f"preview_{geometry.name}.png"
@@ -379,12 +378,14 @@ def write_previews(store: LatentStore, model_path: Path, device: str, num_clips:
     return pictures
 
 
-def _preview_rows(store: LatentStore, geometry: Geometry, vae: Any, num_clips: int) -> Iterator[tuple[str, Tensor]]:
+def _preview_rows(
+    store: LatentStore, geometry: Geometry, vae: VideoEncoder, num_clips: int
+) -> Iterator[tuple[str, Tensor]]:
     """(label, frames) of each clip, FRAMES_SHOWN evenly spread frames uint8 (F, H, W, C)."""
     for clip_id in _spread(store.clip_ids(geometry), num_clips):
         clip = store.read(clip_id, geometry)
-        mean_CTHW = clip.moments_CTHW.float().chunk(2, dim=0)[0]
-        frames_FHWC, _ = vae.decode((mean_CTHW * store.scaling_factor).transpose(0, 1))
+        latents_CTHW = store.normalisation.mean(clip.tensors[store.family.latents_name])
+        frames_FHWC, _ = vae.decode(latents_CTHW.transpose(0, 1))
         last = frames_FHWC.shape[0] - 1
         shown = [round(index * last / (FRAMES_SHOWN - 1)) for index in range(FRAMES_SHOWN)]
         yield f"{clip_id}  {clip.caption[:CAPTION_LENGTH]}", frames_FHWC[shown]

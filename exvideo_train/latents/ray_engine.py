@@ -90,10 +90,10 @@ class EncodeActor:
         return outcome | times | {"wait_seconds": waited, "encoder": f"{os.uname().nodename}-{os.getpid()}"}
 
     def _settle(self, record: ClipRecord, row: Row, outcome: Row) -> None:
-        if not self._store.empty_prompt_path.exists():
+        if self._store.lacks_empty_prompt():
             with self._watched():
-                text_LC = self._encoder.text("")
-            self._store.write_empty_prompt(text_LC)
+                tensors = self._encoder.caption_tensors("")
+            self._store.write_empty_prompt(tensors)
         # Ray may give a clip a second time after it lost a machine.
         if is_settled(self._store, self._quarantine, record):
             return
@@ -109,16 +109,17 @@ class EncodeActor:
             detail = f"its encoder died {ATTEMPTS_A_CLIP} times, or was killed after {self._timeout_seconds:g} s"
             return Failure("encoder_died", detail)
         with self._watched():
-            encode = self._encoder.text
-            text_LC = self._captions.text(record.caption, encode) if row["shared"] else encode(record.caption)
-            moments_CTHW = self._encoder.moments(_frames(row["frames"], self._settings.geometry))
-        failure = not_finite(moments_CTHW, text_LC)
+            encode, geometry = self._encoder.caption_tensors, self._settings.geometry
+            caption = record.caption
+            of_caption = self._captions.tensors(caption, encode) if row["shared"] else encode(caption)
+            frames_FHWC = _frames(row["frames"], geometry)
+            of_frames = self._encoder.frame_tensors(frames_FHWC, record.sampling_fps or geometry.fps)
+        failure = not_finite(of_frames, of_caption)
         if failure is None:
             entry = self._store.write_clip(
                 record.clip_id,
                 self._settings.geometry,
-                moments_CTHW,
-                text_LC,
+                {**of_frames, **of_caption},
                 record.caption,
                 sampling_fps=record.sampling_fps,
                 num_tokens_cut=self._encoder.num_tokens_cut(record.caption),
@@ -198,7 +199,8 @@ class RayEngine:
 
         self._forget()
         if not self.records:
-            LatentStore.open(self.settings.store_path).write_empty_prompt(ClipEncoder(self.settings, "cpu").text(""))
+            encoder = ClipEncoder(self.settings, "cpu")
+            LatentStore.open(self.settings.store_path).write_empty_prompt(encoder.caption_tensors(""))
             return
         ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from exvideo_train.config.latents import EncodeLatents
 from exvideo_train.errors import UserError
@@ -15,11 +17,11 @@ from exvideo_train.latents.decode import DecodeOptions
 from exvideo_train.latents.fingerprint import (
     Fingerprint,
     model_fingerprint,
-    read_scaling_factor,
-    read_text_length,
 )
-from exvideo_train.models.config_file import read_size
+from exvideo_train.models.family import Family
 from exvideo_train.models.hub import resolve_model_path
+from exvideo_train.models.normalisation import Normalisation
+from exvideo_train.models.registry import check_geometry, encoders_family, family_named, likely_family
 
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _HEADER_BYTES = 1024
@@ -44,10 +46,9 @@ class EncodeSettings:
     model_path: Path
     store_path: Path
     fingerprint: Fingerprint
-    scaling_factor: float
+    normalisation: Normalisation
     dtype: str
     tiling: bool
-    text_length: int
     decode_workers: int
     prefetch_clips: int
     clip_timeout_seconds: float
@@ -65,6 +66,10 @@ class EncodeSettings:
     def geometry(self) -> Geometry:
         return self.fingerprint.geometry
 
+    @property
+    def family(self) -> Family[Any]:
+        return family_named(self.fingerprint.family, self.store_path)
+
     def seconds_to_encode(self, device: str) -> float:
         """How long encoding one clip may take on a device before its encoder counts as hanging."""
         default = ENCODE_TIMEOUT_CPU_SECONDS if device == "cpu" else ENCODE_TIMEOUT_GPU_SECONDS
@@ -72,11 +77,13 @@ class EncodeSettings:
 
     def bytes_per_clip(self) -> int:
         """Size of one latent file."""
-        latent_channels = read_size(self.model_path / "vae" / "config.json", "latent_channels", 1024)
-        text_channels = read_size(self.model_path / "text_encoder" / "config.json", "d_model", 1 << 16)
-        geometry = self.geometry
-        moments = geometry.num_latent_frames * geometry.latent_height * geometry.latent_width
-        values = 2 * latent_channels * moments + self.text_length * text_channels
+        family, text_length = self.family, self.fingerprint.text_length
+        channels = family.read_stored_channels(self.model_path)
+        stored = family.stored(family.grid.shape_THW(self.geometry), text_length)
+        values = sum(
+            math.prod(channels[name] if axis is None else axis for axis in tensor.shape)
+            for name, tensor in stored.items()
+        )
         return values * _BYTES[self.dtype] + _HEADER_BYTES
 
 
@@ -96,9 +103,12 @@ def resolve_settings(config: EncodeLatents, num_local_encoders: int) -> EncodeSe
         raise UserError(f"manifest={config.manifest} does not exist; write it with data_prep/build_manifest.py")
     refuse_inputs("latents", [Path(config.latents) / "index.jsonl"], {"manifest": [Path(config.manifest)]})
     geometry = config.geometry
+    check_geometry(geometry, config.model.path)
     find_model = _cached_model_path if config.dry_run else resolve_model_path
-    model_path = find_model(config.model.path, config.model.revision, ("vae", "text_encoder", "tokenizer"))
-    text_length = read_text_length(model_path)
+    parts = likely_family(config.model.path).encoder_parts
+    model_path = find_model(config.model.path, config.model.revision, parts)
+    family = encoders_family(model_path)
+    family.grid.check(geometry)
     dtype = config.encoder_dtype.value
     fingerprint = model_fingerprint(
         model_path,
@@ -107,17 +117,16 @@ def resolve_settings(config: EncodeLatents, num_local_encoders: int) -> EncodeSe
         vae_dtype=dtype,
         text_dtype=dtype,
         tiling=config.tiling,
-        text_length=text_length,
+        family=family,
         write_cache=not config.dry_run,
     )
     return EncodeSettings(
         model_path=model_path.absolute(),
         store_path=Path(config.latents).absolute(),
         fingerprint=fingerprint,
-        scaling_factor=read_scaling_factor(model_path),
+        normalisation=family.read_normalisation(model_path),
         dtype=dtype,
         tiling=config.tiling,
-        text_length=text_length,
         decode_workers=config.decode_workers or max(1, (_num_cores() - 1) // max(1, num_local_encoders)),
         prefetch_clips=config.prefetch_clips,
         clip_timeout_seconds=config.clip_timeout_seconds,

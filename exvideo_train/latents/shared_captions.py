@@ -1,7 +1,4 @@
-"""Embeddings of captions that several clips have: encoded by one encoder of a cluster, read by the others.
-
-Axis letters: C channel, L text tokens.
-"""
+"""Embeddings of captions that several clips have: encoded by one encoder of a cluster, read by the others."""
 
 from __future__ import annotations
 
@@ -33,8 +30,8 @@ class SharedCaptions:
         self.folder = folder
         self.patience_seconds = patience_seconds
 
-    def text(self, caption: str, encode: Callable[[str], Tensor]) -> Tensor:
-        """A caption's embedding (L, C): another encoder's, when it has one or is about to, or else by `encode`.
+    def tensors(self, caption: str, encode: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What a caption gives: another encoder's, when it has one or is about to, or else by `encode`.
 
         Raises:
             UserError: the disk is full or not writable.
@@ -47,7 +44,7 @@ class SharedCaptions:
         while not path.exists() and not create_marker(claim) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         if path.exists():
-            return load(path.read_bytes())["text_LC"]
-        text_LC = encode(caption)
-        atomic_write_bytes(path, save({"text_LC": text_LC.contiguous()}))
-        return text_LC
+            return load(path.read_bytes())
+        tensors = encode(caption)
+        atomic_write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        return tensors

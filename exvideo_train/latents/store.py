@@ -1,9 +1,9 @@
 """The latent store: one immutable file a clip, an index, and a fingerprint of everything that shaped it.
 
-    store.json                                    format version, scaling factor, a fingerprint a geometry
+    store.json                                    format version, normalisation, a fingerprint a geometry
     index.jsonl                                   one line a latent file, sorted; rewritten whole, never appended
-    empty_prompt.safetensors                      text (L, C) of the empty prompt
-    clips/<geometry>/<id[:3]>/<id>.safetensors    moments (2C, T, H, W) and text (L, C)
+    empty_prompt.safetensors                      what is stored of the empty prompt, for families with text
+    clips/<geometry>/<id[:3]>/<id>.safetensors    the family's tensors: CogVideoX's moments (2C, T, H, W), text (L, C)
     reports/                                      of encoding runs; not part of the store's identity
 
 Nothing in a store outside reports/ holds a time, a host or a path: equal clips and options give equal bytes.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -48,17 +48,18 @@ from exvideo_train.latents.clip_file import (
 from exvideo_train.latents.fingerprint import Fingerprint, explain_differences
 from exvideo_train.latents.untrusted import (
     CLIP_ID,
-    SCALING_FACTOR,
     TEXT,
     Kind,
     check_fields,
     check_inside,
-    check_scaling_factor,
     exists_inside,
     is_folder,
     list_folder,
     set_aside,
 )
+from exvideo_train.models.family import Family
+from exvideo_train.models.normalisation import Normalisation
+from exvideo_train.models.registry import family_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,24 +83,22 @@ class StoredClip:
     """One clip of the store, as the encoders gave it.
 
     Attributes:
-        moments_CTHW: (2C, T, H, W) mean and log-variance of the VAE's posterior, unscaled.
-        text_LC: (L, C) T5 embedding of the caption.
+        tensors: as the family names them.
         caption: the caption itself.
     """
 
-    moments_CTHW: Tensor
-    text_LC: Tensor
+    tensors: dict[str, Tensor]
     caption: str
 
 
 class LatentStore:
     """A folder of latents; open one with :meth:`open` or :meth:`create`."""
 
-    def __init__(self, path: Path, scaling_factor: float, fingerprints: dict[str, Fingerprint]) -> None:
+    def __init__(self, path: Path, normalisation: Normalisation, fingerprints: dict[str, Fingerprint]) -> None:
         self.path = path
-        self.scaling_factor = check_scaling_factor(scaling_factor, f"latents={path}")
+        self.normalisation = normalisation
         self.fingerprints = fingerprints
-        self._channels: dict[Geometry, tuple[int, int]] = {}
+        self._channels: dict[Geometry, dict[str, int]] = {}
 
     @classmethod
     def open(cls, path: Path | str) -> LatentStore:
@@ -120,7 +119,8 @@ class LatentStore:
             content = parse_json(read_regular(description, _MAX_DESCRIPTION_BYTES))
             version = check_fields(content, {"format_version": _VERSION})["format_version"]
             if version == FORMAT_VERSION:
-                check_fields(content, {"geometries": _GEOMETRIES, "scaling_factor": SCALING_FACTOR})
+                check_fields(content, {"geometries": _GEOMETRIES})
+                normalisation = Normalisation.from_json(content)
         except UserError:
             raise
         except ValueError as error:
@@ -140,15 +140,15 @@ class LatentStore:
                     f"{description}: geometries has {fingerprint.geometry.name} under the name {short(name)}; "
                     "fetch the store again or encode into a new folder"
                 )
-        return cls(path, content["scaling_factor"], fingerprints)
+        return cls(path, normalisation, fingerprints)
 
     @classmethod
-    def create(cls, path: Path | str, scaling_factor: float) -> LatentStore:
+    def create(cls, path: Path | str, normalisation: Normalisation) -> LatentStore:
         """Open the store at ``path``, or begin an empty one that :meth:`add_geometry` writes to disk."""
         path = Path(path)
         if exists_inside(path, path / "store.json"):
             return cls.open(path)
-        return cls(path, scaling_factor, {})
+        return cls(path, normalisation, {})
 
     def add_geometry(self, fingerprint: Fingerprint) -> None:
         """Let clips of this fingerprint be written; the same one again changes nothing.
@@ -168,7 +168,7 @@ class LatentStore:
         fingerprints = {**self.fingerprints, name: fingerprint}
         content = {
             "format_version": FORMAT_VERSION,
-            "scaling_factor": self.scaling_factor,
+            **self.normalisation.to_json(),
             "geometries": {key: value.to_json() for key, value in fingerprints.items()},
         }
         atomic_write_json(self.path / "store.json", content)
@@ -192,6 +192,31 @@ class LatentStore:
         if differences:
             raise UserError(explain_differences(differences, self.path))
 
+    @property
+    def family(self) -> Family[Any]:
+        """The family that all its latents are for.
+
+        Raises:
+            UserError: it holds none yet.
+        """
+        some = next(iter(self.fingerprints.values()), None)
+        if some is None:
+            raise UserError(f"latents={self.path}: holds no geometry yet; run data_prep/encode_latents.py")
+        return family_named(some.family, self.path)
+
+    def latents(self, stored: StoredClip, noise_TCHW: Tensor) -> Tensor:
+        """A clip's latents (T, C, H, W), float32, as the network is trained on them.
+
+        Args:
+            noise_TCHW: float32, picks them from the VAE's posterior.
+        """
+        return self.normalisation.latents(stored.tensors[self.family.latents_name], noise_TCHW)
+
+    def latent_shape(self, stored: StoredClip) -> tuple[int, int, int, int]:
+        """(T, C, H, W) of :meth:`latents`."""
+        channels, frames, rows, columns = stored.tensors[self.family.latents_name].shape
+        return frames, self.normalisation.latent_channels(channels), rows, columns
+
     def geometries(self) -> list[Geometry]:
         """Geometries of the store, sorted by name."""
         return [self.fingerprints[name].geometry for name in sorted(self.fingerprints)]
@@ -214,8 +239,7 @@ class LatentStore:
         self,
         clip_id: str,
         geometry: Geometry,
-        moments_CTHW: Tensor,
-        text_LC: Tensor,
+        tensors: dict[str, Tensor],
         caption: str,
         *,
         sampling_fps: float | None = None,
@@ -225,15 +249,15 @@ class LatentStore:
         """Write one clip whole or not at all and return its index entry.
 
         Args:
+            tensors: what the family stores.
             sampling_fps: the clip's own rate; None when it was sampled at the geometry's.
-            num_tokens_cut: tokens at the caption's end that are not in ``text_LC``.
+            num_tokens_cut: tokens at the caption's end that are not in its embedding.
             decord_refusal: why PyAV decoded the clip in decord's place, a word of
                 :class:`~exvideo_train.clips.container.Reason`; None if it did not.
 
         Raises:
             UserError: the disk is full or not writable.
         """
-        tensors = {"moments": moments_CTHW, "text": text_LC}
         content: dict[str, Any] = {
             "caption": caption,
             "clip_id": clip_id,
@@ -252,39 +276,70 @@ class LatentStore:
         atomic_write_bytes(path, data)
         return entry_of({**content, "sha256": sha256}, len(data))
 
-    def write_empty_prompt(self, text_LC: Tensor) -> None:
-        """Write the embedding of the empty prompt, (L, C).
+    def write_empty_prompt(self, tensors: dict[str, Tensor]) -> None:
+        """Write what the family stores of the empty prompt.
 
         Raises:
             UserError: the text encoder gave infinities or NaNs, or the disk is full or not writable.
         """
-        if not text_LC.isfinite().all():
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise UserError(
                 "the text encoder gives infinite or NaN values for the empty prompt: encoder_dtype=bf16 has more range "
                 "than fp16; otherwise fetch the model again"
             )
-        data, _ = encode_latent_file({"text": text_LC}, {"caption": ""})
+        data, _ = encode_latent_file(tensors, {"caption": ""})
         atomic_write_bytes(self.empty_prompt_path, data)
 
-    def empty_prompt(self, verify: bool = True) -> Tensor:
-        """Embedding of the empty prompt, (L, C).
+    def empty_prompt(self, verify: bool = True) -> dict[str, Tensor]:
+        """What is stored of the empty prompt; nothing for a family without text.
 
         Raises:
             UnusableLatent: the file is missing, unreadable or damaged, or holds something else.
         """
         path = self.empty_prompt_path
-        some = next(iter(self.fingerprints.values()), None)
-        rule = TensorRule(some.text_dtype, (some.text_length, None)) if some else TensorRule(None, (None, None))
-        header = read_header(self.path, path, {"text": rule}, is_clip=False)
+        rules = self._caption_rules()
+        if not rules:
+            return {}
+        header = read_header(self.path, path, rules, is_clip=False)
         if header.content["caption"] != "" or "clip_id" in header.content:
             raise CorruptLatent(f"{path}: not the empty prompt; move it away and encode again")
-        widths = {channels[1] for geometry in self.geometries() if (channels := self.channels(geometry))}
-        if widths and widths != {header.shapes["text"][1]}:
-            raise CorruptLatent(f"{path}: text: shape={header.shapes['text']}, but the clips have {widths} channels")
+        for geometry in self.geometries():
+            held = self.channels(geometry) or {}
+            for name, axis in _open_axes({name: rule.shape for name, rule in rules.items()}).items():
+                if name in held and held[name] != header.shapes[name][axis]:
+                    raise CorruptLatent(
+                        f"{path}: {name}: shape={header.shapes[name]}, but the clips have {held[name]} channels"
+                    )
         tensors = read_tensors(self.path, path, header, verify)
         if verify:
             check_finite(path, tensors)
-        return tensors["text"]
+        return tensors
+
+    def lacks_empty_prompt(self) -> bool:
+        """Whether the empty prompt is still to be encoded."""
+        return bool(self._caption_rules()) and not self.empty_prompt_path.exists()
+
+    def _caption_rules(self) -> dict[str, TensorRule]:
+        """Of what the caption gives, which is of all geometries alike; empty while there is none."""
+        rules = self._rules(self.geometries()[0]) if self.fingerprints else {}
+        return {name: rule for name, (rule, from_caption) in rules.items() if from_caption}
+
+    def _rules(self, geometry: Geometry) -> dict[str, tuple[TensorRule, bool]]:
+        """What the stored tensors must be, and whether the caption gives them."""
+        fingerprint = self.fingerprints[geometry.name]
+        family = family_named(fingerprint.family, self.path)
+        stored = family.stored(family.grid.shape_THW(fingerprint.geometry), fingerprint.text_length)
+        return {
+            name: (
+                TensorRule(
+                    fingerprint.text_dtype if tensor.from_caption else fingerprint.vae_dtype,
+                    tensor.shape,
+                    tensor.channels_divide_by,
+                ),
+                tensor.from_caption,
+            )
+            for name, tensor in stored.items()
+        }
 
     def read(self, clip_id: str, geometry: Geometry, verify: bool = True) -> StoredClip:
         """Read one clip.
@@ -297,7 +352,7 @@ class LatentStore:
         """
         header = self._read_header(clip_id, geometry, self.channels(geometry))
         tensors = read_tensors(self.path, self.clip_path(clip_id, geometry), header, verify)
-        return StoredClip(tensors["moments"], tensors["text"], header.content["caption"])
+        return StoredClip(tensors, header.content["caption"])
 
     def read_entry(self, clip_id: str, geometry: Geometry) -> IndexEntry:
         """Index entry of one clip from its file's header alone, without reading its tensors.
@@ -308,13 +363,10 @@ class LatentStore:
         header = self._read_header(clip_id, geometry, self.channels(geometry))
         return entry_of(header.content, header.num_bytes)
 
-    def _read_header(self, clip_id: str, geometry: Geometry, channels: tuple[int, int] | None) -> LatentHeader:
+    def _read_header(self, clip_id: str, geometry: Geometry, channels: dict[str, int] | None) -> LatentHeader:
         fingerprint = self.fingerprints[geometry.name]
-        moments, text = channels or (None, None)
-        grid = (geometry.num_latent_frames, geometry.latent_height, geometry.latent_width)
         rules = {
-            "moments": TensorRule(fingerprint.vae_dtype, (moments, *grid), num_channels_divides_by=2),
-            "text": TensorRule(fingerprint.text_dtype, (fingerprint.text_length, text)),
+            name: rule.with_channels((channels or {}).get(name)) for name, (rule, _) in self._rules(geometry).items()
         }
         path = self.clip_path(clip_id, geometry)
         header = read_header(self.path, path, rules, is_clip=True)
@@ -326,22 +378,23 @@ class LatentStore:
                 )
         return header
 
-    def channels(self, geometry: Geometry) -> tuple[int, int] | None:
-        """Channels (of moments, of text) that most of a geometry's first files have; None while there are none.
+    def channels(self, geometry: Geometry) -> dict[str, int] | None:
+        """Channels by tensor that most of a geometry's first files have; None while there are none.
 
         Neither the fingerprint nor the geometry fixes them, and a batch can only be of equal ones.
         """
         if geometry not in self._channels:
-            votes: Counter[tuple[int, int]] = Counter()
+            axes = _open_axes({name: rule.shape for name, (rule, _) in self._rules(geometry).items()})
+            votes: Counter[tuple[int, ...]] = Counter()
             for clip_id in islice(self._clip_ids(geometry, skip_unreadable=True), _VOTERS):
                 try:
                     shapes = self._read_header(clip_id, geometry, None).shapes
                 except UnusableLatent:
                     continue
-                votes[shapes["moments"][0], shapes["text"][1]] += 1
+                votes[tuple(shapes[name][axis] for name, axis in axes.items())] += 1
             if not votes:
                 return None
-            self._channels[geometry] = votes.most_common(1)[0][0]
+            self._channels[geometry] = dict(zip(axes, votes.most_common(1)[0][0], strict=True))
         return self._channels[geometry]
 
     def clip_ids_on_disk(self, geometry: Geometry) -> Iterator[str]:
@@ -400,6 +453,11 @@ class LatentStore:
                 f"python -m exvideo_train.latents verify latents={self.path}"
             )
         return ids
+
+
+def _open_axes(shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, int]:
+    """The axis of each tensor that nothing but the files tells: its channels."""
+    return {name: shape.index(None) for name, shape in shapes.items() if None in shape}
 
 
 def clip_ids_in(shard: str, entries: Iterable[os.DirEntry[str]]) -> list[str]:

@@ -18,7 +18,6 @@ from typing import Any
 from exvideo_train.errors import UnreadableFile, UserError
 from exvideo_train.files import short
 from exvideo_train.locks import hold
-from exvideo_train.models.config_file import SCALING_FACTOR_BOUNDS
 
 DAMAGED_FOLDER = "damaged"
 LINK_REMEDY = "put the file or folder itself there, or mount it there"
@@ -176,8 +175,6 @@ SHA256 = Kind("a sha256 in 64 hex digits", _matches("[0-9a-f]{64}"))
 # It becomes a file name: nothing that could lead out of a folder.
 CLIP_ID = Kind("3 to 200 letters, digits, - or _", _matches("[A-Za-z0-9_-]{3,200}"))
 DTYPE = Kind("bf16, fp16 or fp32", lambda value: value in ("bf16", "fp16", "fp32"))
-# A store's are its VAE's.
-SCALING_FACTOR = Kind("a number from {:g} to {:g}".format(*SCALING_FACTOR_BOUNDS), _number(*SCALING_FACTOR_BOUNDS))
 
 
 def check_fields(
@@ -216,16 +213,3 @@ def check_value(name: str, value: Any, kind: Kind) -> None:
     """
     if not kind.accepts(value):
         raise ValueError(f"{name}={short(value)}: must be {kind.words}")
-
-
-def check_scaling_factor(value: Any, where: object) -> float:
-    """The factor between a VAE's latents and the network's, from ``where`` as errors name it.
-
-    Raises:
-        UserError: it would make all latents zero, infinite, of the other sign or not a number.
-    """
-    try:
-        check_value("scaling_factor", value, SCALING_FACTOR)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}; fetch the model or the store again") from None
-    return float(value)

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from exvideo_train.errors import UserError
 
-# The parts of a published video diffusion model, each in a folder of that name beside model_index.json.
-MODEL_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _FILE_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _OFFLINE_HINT = (
@@ -18,7 +16,7 @@ _OFFLINE_HINT = (
 )
 
 
-def resolve_model_path(path: str | Path, revision: str | None = None, parts: Sequence[str] = MODEL_PARTS) -> Path:
+def resolve_model_path(path: str | Path, revision: str | None, parts: Sequence[str]) -> Path:
     """The local folder of a model, downloaded if ``path`` is a hub id.
 
     A folder that exists is taken before a hub id of the same name. Downloads take safetensors, JSON and tokenizer
@@ -53,7 +51,7 @@ def _check_parts(folder: Path, parts: Sequence[str]) -> None:
     if missing := [part for part in parts if not (folder / part).is_dir()]:
         raise UserError(
             f"model.path={folder}: has no {missing[0]}/ folder; name a folder in the published layout "
-            f"({', '.join(f'{part}/' for part in MODEL_PARTS)})"
+            f"({', '.join(f'{part}/' for part in parts)})"
         )
 
 
@@ -68,10 +66,10 @@ def _download(hub_id: str, revision: str | None, parts: Sequence[str]) -> Path:
         RevisionNotFoundError,
     )
 
-    # The network's config tells every stage the length of prompts; it is small, its weights are not.
+    # Configs tell every stage the family and the length of prompts; they are small, weights are not.
     patterns = [
         "model_index.json",
-        "transformer/config.json",
+        "*/config.json",
         *(f"{part}/{pattern}" for part in parts for pattern in _FILE_PATTERNS),
     ]
     try:

@@ -1,4 +1,4 @@
-"""Which backbone a model folder holds: the one place that knows them by name."""
+"""Which family a model is of: the one place that knows them by name."""
 
 from __future__ import annotations
 
@@ -10,15 +10,31 @@ from torch import nn
 
 from exvideo_train.errors import UserError
 from exvideo_train.files import short
+from exvideo_train.geometry import Geometry
 from exvideo_train.models.cogvideox.family import COGVIDEOX
 from exvideo_train.models.config_file import read_config
-from exvideo_train.models.family import BackboneFamily
+from exvideo_train.models.family import Family
 
-FAMILIES: tuple[BackboneFamily[Any], ...] = (COGVIDEOX,)
+FAMILIES: list[Family[Any]] = [COGVIDEOX]
+# Of files that name no family: they were made when there was one.
+FIRST_FAMILY = COGVIDEOX.name
 
 
-def backbone_family(model_path: Path) -> BackboneFamily[Any]:
-    """The family of the network in a published model folder, by ``_class_name`` of its config.
+def family_named(name: Any, where: Path | str) -> Family[Any]:
+    """The family that a file names; ``where`` is named in the error.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    known = ", ".join(family.name for family in FAMILIES)
+    raise UserError(f"{where}: family={short(name)} is not known here ({known}); use the version that wrote it")
+
+
+def backbone_family(model_path: Path) -> Family[Any]:
+    """The family of a published model folder, by ``_class_name`` of its network's config.
 
     Raises:
         UserError: no folder, no network in it, or a network of a class that no family has.
@@ -39,8 +55,59 @@ def backbone_family(model_path: Path) -> BackboneFamily[Any]:
     raise UserError(f"{paths[0]}: _class_name={short(_class_name(paths[0]))} is not supported; supported: {known}")
 
 
+def encoders_family(model_path: Path) -> Family[Any]:
+    """The family whose encoders a model folder holds; the network need not be there.
+
+    Raises:
+        UserError: it has no VAE's config, or one of a class that no family has.
+    """
+    for family in FAMILIES:
+        if (model_path / family.subfolder / "config.json").is_file():
+            return backbone_family(model_path)
+    path = model_path / "vae" / "config.json"
+    class_name = _class_name(path)
+    for family in FAMILIES:
+        if family.vae_class_name == class_name:
+            return family
+    known = ", ".join(family.vae_class_name for family in FAMILIES)
+    raise UserError(f"{path}: _class_name={short(class_name)} is not supported; supported: {known}")
+
+
 def _class_name(path: Path) -> Any:
     return read_config(path).get("_class_name")
+
+
+def known_family(model: str) -> Family[Any] | None:
+    """The family of ``model.path`` as it is given, if that can be told without a download.
+
+    Raises:
+        UserError: a folder that holds a model of no family.
+    """
+    path = Path(model).expanduser()
+    for family in FAMILIES:
+        if family.published_config(model) is not None:
+            return family
+        if any((path / part / "config.json").is_file() for part in (family.subfolder, "vae")):
+            return encoders_family(path)
+    return None
+
+
+def likely_family(model: str) -> Family[Any]:
+    """:func:`known_family`, or the first one, for a hub id of whose model only a download tells."""
+    return known_family(model) or FAMILIES[0]
+
+
+def check_geometry(geometry: Geometry, model: str) -> None:
+    """Refuse a geometry that a model cannot take, as soon as its family is known.
+
+    Args:
+        model: ``model.path`` as given.
+
+    Raises:
+        UserError: names the option and the nearest values that it may have.
+    """
+    if family := known_family(model):
+        family.grid.check(geometry)
 
 
 def backbone_config(model_path: Path) -> Any:

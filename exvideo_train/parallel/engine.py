@@ -77,7 +77,7 @@ class TrainingEngine:
         trainable: Mapping[str, nn.Parameter],
         config: Experiment,
         mesh: Mesh,
-        weights_key: str = "lora",
+        weights_key: str,
     ) -> None:
         assert all(parameter.dtype == torch.float32 for parameter in trainable.values())
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

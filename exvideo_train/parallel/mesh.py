@@ -102,6 +102,8 @@ def check_mesh(world_size: int, sequence_size: int, num_heads: int) -> None:
             f"parallel.sequence={sequence_size} does not divide the {world_size} ranks that were started; "
             f"start a multiple of {max(sequence_size, 1)} ranks or change parallel.sequence"
         )
+    if sequence_size > 1 and not num_heads:
+        raise UserError(f"parallel.sequence={sequence_size}: this model has no attention to share; use 1")
     if num_heads % sequence_size:
         raise UserError(
             f"parallel.sequence={sequence_size} does not divide the model's {num_heads} attention heads; "

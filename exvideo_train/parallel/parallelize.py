@@ -25,8 +25,9 @@ def parallelize(
     """Apply attention kernel, sequence parallelism, compilation, recomputation and autocast to a backbone with LoRA.
 
     Args:
-        backbone: a network with ``blocks``, ``run_block``, ``own_tokens``, ``join_sequence`` and attention modules
-            with ``attend`` (see :mod:`exvideo_train.models.registry`); changed in place.
+        backbone: a network with what it has of these: ``blocks``, ``run_block``, attention modules with ``attend``,
+            ``num_heads`` and ``head_dim``, and ``own_tokens`` and ``join_sequence`` to split their sequence; changed
+            in place.
         compute_dtype: what attention is computed in.
         has_dropout: blocks draw random numbers, which recomputation must draw again alike.
         attend: the attention to take instead of ``memory.attention``, unprobed: a plan has no device to run one on.
@@ -38,16 +39,16 @@ def parallelize(
         UserError: the choices do not fit the ranks, the heads or the device.
     """
     attentions: list[Any] = [module for module in backbone.modules() if hasattr(module, "attend")]
-    num_heads, head_dim = attentions[0].num_heads, attentions[0].head_dim
+    num_heads, head_dim = (attentions[0].num_heads, attentions[0].head_dim) if attentions else (0, 0)
     check_mesh(mesh.world_size, mesh.sequence_size, num_heads)
 
     # 1. The kernel first: the all-to-all wraps it.
-    kernel = "given"
-    if attend is None:
+    kernel = "given" if attentions else "none"
+    if attend is None and attentions:
         attend, kernel = choose_attention(memory.attention, mesh.device, compute_dtype, num_heads, head_dim)
 
     # 2. Sequence parallelism trades tokens for heads around the kernel, inside what is recomputed.
-    if mesh.sequence_group is not None:
+    if mesh.sequence_group is not None and attend is not None:
         split = SequenceSplit(mesh.sequence_group)
         attend = split.attend_with(attend)
         backbone.own_tokens = split.own_tokens  # type: ignore[assignment]
@@ -57,12 +58,12 @@ def parallelize(
 
     # 3. Compilation before recomputation: a compiled block inside a checkpoint keeps the policy's view of operators.
     if memory.compile:
-        for block in backbone.blocks:  # type: ignore[union-attr]
+        for block in getattr(backbone, "blocks", [backbone]):
             block.compile()
 
     # 4. Recomputation last and outermost, so that it sees the block as it will run.
     runner = block_runner(memory.recompute, has_dropout=has_dropout)
-    if runner is not None:
+    if runner is not None and hasattr(backbone, "run_block"):
         backbone.run_block = runner  # type: ignore[assignment]
 
     # 5. Autocast inside the forward pass: on CUDA, DeepSpeed's engine turns off one that is on around it.

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from exvideo_train.config.experiment import AttentionKernel, Dtype
+from exvideo_train.config.experiment import AttentionKernel, Dtype, plain_config
 from exvideo_train.config.plan import Interconnect, Plan
 from exvideo_train.errors import UserError
-from exvideo_train.extensions.lora import LoraExtension
+from exvideo_train.extensions.extension import Extension
 from exvideo_train.geometry import Geometry
-from exvideo_train.models.family import BackboneFamily
+from exvideo_train.models.family import Family
 from exvideo_train.models.registry import FAMILIES, backbone_config, backbone_family
+from exvideo_train.models.shapes import input_shapes, stored_shapes
 from exvideo_train.parallel.engine import deepspeed_config
 from exvideo_train.parallel.hardware import NETWORKS, Device, device_by_name
 from exvideo_train.parallel.mesh import check_mesh
@@ -39,10 +42,45 @@ SECONDS_PER_HOUR = 3600
 
 @dataclass(frozen=True)
 class Model:
-    """The backbone that a plan is about, without its weights."""
+    """The network that a plan is about, without its weights."""
 
-    family: BackboneFamily[Any]
+    family: Family[Any]
     config: Any
+
+    def num_tokens(self, geometry: Geometry) -> int:
+        """Length of the sequence that one sample becomes."""
+        return self.family.grid.num_tokens(geometry) + (self.family.text_length(self.config) or 0)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of the network before anything is trained, those that stay frozen and those that are trained, and the
+    attention's heads: none without attention."""
+
+    whole: int
+    frozen: int
+    trained: int
+    num_heads: int
+    head_dim: int
+
+
+@functools.lru_cache(maxsize=8)
+def sizes(model: Model, extension: Extension) -> Sizes:
+    """Counted on the meta device.
+
+    Raises:
+        UserError: what is to be trained does not fit the network.
+    """
+    with torch.device("meta"):
+        network = model.family.build(model.config)
+        whole = sum(parameter.numel() for parameter in network.parameters())
+        extension.attach(network, seed=0)
+    trained = sum(parameter.numel() for parameter in extension.trained(network).values())
+    # What is trained may be added to the network, or chosen from it.
+    frozen = sum(parameter.numel() for parameter in network.parameters()) - trained
+    attention: Any = next((module for module in network.modules() if hasattr(module, "attend")), None)
+    heads = (attention.num_heads, attention.head_dim) if attention is not None else (0, 0)
+    return Sizes(whole, frozen, trained, *heads)
 
 
 @dataclass(frozen=True)
@@ -110,16 +148,26 @@ def find_model(config: Plan) -> Model:
         UserError: neither a model folder nor a known hub id.
     """
     path = Path(config.model.path).expanduser()
-    if path.exists():
-        return Model(backbone_family(path), backbone_config(path))
     for family in FAMILIES:
-        published = family.published_config(config.model.path)
-        if published is not None:
-            return Model(family, published)
+        found = family.published_config(config.model.path)
+        if path.exists():
+            family, found = backbone_family(path), backbone_config(path)
+        if found is not None:
+            for geometry in _geometries(config):
+                family.grid.check(geometry)
+            return Model(family, found)
     raise UserError(
         f"model.path={config.model.path}: no such folder, and its shape is not known without a download; "
         "download the model and give its folder"
     )
+
+
+def extension_of(config: Plan, model: Model) -> Extension:
+    """What is trained; without dropout, which draws numbers that a plan does not count."""
+    options = plain_config(config)
+    options["lora"]["dropout"] = 0.0
+    extension: Extension = model.family.extension().from_options(options)
+    return extension
 
 
 def check_plan(config: Plan, model: Model) -> None:
@@ -137,7 +185,7 @@ def check_plan(config: Plan, model: Model) -> None:
     ):
         if value < 1:
             raise UserError(f"{name}={value}: must be at least 1")
-    check_mesh(config.gpus, config.parallel.sequence, model.config.num_attention_heads)
+    check_mesh(config.gpus, config.parallel.sequence, sizes(model, extension_of(config, model)).num_heads)
 
 
 def forecast(config: Plan, model: Model, device_name: str | None = None) -> Forecast:
@@ -148,10 +196,10 @@ def forecast(config: Plan, model: Model, device_name: str | None = None) -> Fore
     """
     check_plan(config, model)
     device = device_by_name(device_name or config.device.value)
-    lora = lora_without_dropout(config)
-    work = max((_work(config, model, lora, geometry) for geometry in _geometries(config)), key=_size)
-    trace = trace_step(work)
-    frozen_bytes, trained = parameter_bytes(model, lora, work.weights_dtype)
+    works = [_work(config, model, geometry) for geometry in _geometries(config)]
+    work = max(works, key=lambda work: trace_step(work).forward_flops) if len(works) > 1 else works[0]
+    trace, size = trace_step(work), sizes(model, extension_of(config, model))
+    trained, frozen_bytes = size.trained, size.frozen * work.weights_dtype.itemsize
     sharding = Sharding(
         trained=trained,
         frozen_bytes=frozen_bytes,
@@ -167,8 +215,8 @@ def forecast(config: Plan, model: Model, device_name: str | None = None) -> Fore
         forward_peak=trace.forward_peak_bytes,
         kept=trace.kept_bytes,
         backward_peak=trace.backward_peak_bytes,
-        workspace=attention_workspace(model, work),
-        batch=batch_bytes(model, work),
+        workspace=attention_workspace(model, work, size),
+        batch=batch_bytes(work),
     )
     fp32 = work.compute_dtype == torch.float32
     return Forecast(
@@ -177,7 +225,7 @@ def forecast(config: Plan, model: Model, device_name: str | None = None) -> Fore
         sequence_size=config.parallel.sequence,
         geometry=work.geometry,
         batch_size=work.batch_size,
-        num_tokens=model.family.num_tokens(model.config, work.geometry),
+        num_tokens=model.num_tokens(work.geometry),
         trained=trained,
         trace=trace,
         memory=memory,
@@ -185,11 +233,6 @@ def forecast(config: Plan, model: Model, device_name: str | None = None) -> Fore
         samples_per_step=work.batch_size * config.optim.accumulation_steps * config.gpus // config.parallel.sequence,
         max_steps=config.max_steps,
     )
-
-
-def lora_without_dropout(config: Plan) -> LoraExtension:
-    """What is trained; dropout draws numbers, which a plan does not count."""
-    return replace(LoraExtension.from_config(config.lora), dropout=0.0)
 
 
 def reduce_bucket(config: Plan) -> int:
@@ -201,17 +244,17 @@ def _geometries(config: Plan) -> list[Geometry]:
     return [Geometry.from_name(name) for name in config.data.geometries] or [config.geometry]
 
 
-def _work(config: Plan, model: Model, lora: LoraExtension, geometry: Geometry) -> Work:
-    budget = config.data.token_budget
+def _work(config: Plan, model: Model, geometry: Geometry) -> Work:
+    budget, num_tokens = config.data.token_budget, model.family.grid.num_tokens(geometry)
     # A model in fp16 trains in bf16 too: see training_dtypes in exvideo_train.training.job.
     dtype = torch.float32 if config.model.dtype is Dtype.fp32 else torch.bfloat16
     return Work(
         family=model.family,
         config=model.config,
-        lora=lora,
+        extension=extension_of(config, model),
         geometry=geometry,
         recompute=config.memory.recompute,
-        batch_size=samples_within_budget(geometry, budget) if budget else config.data.batch_size,
+        batch_size=samples_within_budget(num_tokens, budget) if budget else config.data.batch_size,
         compute_dtype=dtype,
         weights_dtype=dtype,
         kernel=TracedKernel.math if config.memory.attention is AttentionKernel.math else TracedKernel.fused,
@@ -219,44 +262,22 @@ def _work(config: Plan, model: Model, lora: LoraExtension, geometry: Geometry) -
     )
 
 
-def _size(work: Work) -> int:
-    return int(work.batch_size * work.family.forward_flops(work.config, work.geometry))
-
-
-def parameter_bytes(model: Model, lora: LoraExtension, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes of the frozen weights, number of trained parameters).
-
-    Raises:
-        UserError: a target that no Linear of a block has.
-    """
-    family, config = model.family, model.config
-    unknown = [name for name in lora.target_modules if name not in family.default_lora_targets]
-    if unknown:
-        raise UserError(
-            f"lora.targets: {unknown[0]!r} cannot be planned; known are {', '.join(family.default_lora_targets)}"
-        )
-    trained = family.num_lora_parameters(config, lora.rank, lora.target_modules)
-    return family.num_parameters(config) * dtype.itemsize, trained
-
-
-def attention_workspace(model: Model, work: Work) -> int:
+def attention_workspace(model: Model, work: Work, size: Sizes) -> int:
     """What a fused attention's backward pass takes for itself: the queries' gradient and a sum a row, in fp32.
 
     FlashAttention-2 adds the gradient up in fp32 over blocks of keys (``dq_accum`` in csrc/flash_attn/flash_api.cpp).
     """
     if work.kernel is TracedKernel.math:
         return 0
-    tokens = work.batch_size * model.family.num_tokens(model.config, work.geometry)
-    heads = model.config.num_attention_heads // work.sequence_size
-    return int(FP32_BYTES * tokens * heads * (model.config.attention_head_dim + 1))
+    tokens = work.batch_size * model.num_tokens(work.geometry)
+    return int(FP32_BYTES * tokens * (size.num_heads // work.sequence_size) * (size.head_dim + 1))
 
 
-def batch_bytes(model: Model, work: Work) -> int:
-    """Noisy latents, target and text of a micro-step."""
-    geometry, config = work.geometry, model.config
-    latents = config.in_channels * geometry.num_latent_frames * geometry.latent_height * geometry.latent_width
-    text = model.family.text_length(config) * config.text_embed_dim
-    return int(FP32_BYTES * work.batch_size * (2 * latents + text))
+def batch_bytes(work: Work) -> int:
+    """Noisy latents, target and conditions of a micro-step."""
+    shapes = input_shapes(work.family, work.config, work.geometry, work.batch_size)
+    latents = math.prod(shapes.latents)
+    return FP32_BYTES * (2 * latents + sum(math.prod(shape) for shape in shapes.conditions.values()))
 
 
 def _links(config: Plan, device: Device) -> Links:
@@ -280,12 +301,8 @@ def disk(config: Plan, model: Model, trained: int) -> Disk:
     """Of the latent store with this many clips, and of a run folder."""
     clip_bytes = 0
     for geometry in _geometries(config):
-        latents = geometry.num_latent_frames * geometry.latent_height * geometry.latent_width
-        # Mean and log-variance of every channel.
-        clip_bytes += STORED_BYTES * (
-            2 * model.config.in_channels * latents
-            + model.family.text_length(model.config) * model.config.text_embed_dim
-        )
+        shapes = stored_shapes(model.family, model.config, geometry)
+        clip_bytes += STORED_BYTES * sum(math.prod(shape) for shape in shapes.values())
     copies = 3 + (config.optim.ema_decay > 0)
     checkpoint = FP32_BYTES * trained * copies
     # While one is written the older ones are still there.

@@ -13,14 +13,7 @@ import torch
 
 from exvideo_train.config.experiment import Recompute
 from exvideo_train.config.plan import Plan
-from exvideo_train.planning.forecast import (
-    Model,
-    attention_workspace,
-    batch_bytes,
-    lora_without_dropout,
-    parameter_bytes,
-    reduce_bucket,
-)
+from exvideo_train.planning.forecast import Model, attention_workspace, batch_bytes, extension_of, reduce_bucket, sizes
 from exvideo_train.planning.memory import FP32_BYTES, Sharding, StepMemory, optimizer_memory, step_memory
 from exvideo_train.planning.trace import TracedKernel, Work, trace_step
 
@@ -80,14 +73,14 @@ def measures_table(config: Plan, model: Model) -> tuple[list[MeasuresRow], list[
 
 
 def _row(config: Plan, model: Model, taken: Measures, title: str) -> MeasuresRow:
-    lora = lora_without_dropout(config)
+    extension = extension_of(config, model)
     half = torch.bfloat16 if taken.mixed_precision else torch.float32
     # What is trained stays in fp32, so that without freezing every weight does.
     weights_dtype = half if taken.freezing else torch.float32
     work = Work(
         family=model.family,
         config=model.config,
-        lora=lora if taken.freezing else None,
+        extension=extension if taken.freezing else None,
         geometry=config.geometry,
         recompute=Recompute.full if taken.checkpointing else Recompute.none,
         batch_size=config.data.batch_size,
@@ -95,9 +88,10 @@ def _row(config: Plan, model: Model, taken: Measures, title: str) -> MeasuresRow
         weights_dtype=weights_dtype,
         kernel=TracedKernel.fused if taken.flash_attention else TracedKernel.math,
     )
-    frozen_bytes, trained = parameter_bytes(model, lora, weights_dtype)
+    size = sizes(model, extension)
+    frozen_bytes, trained = size.frozen * weights_dtype.itemsize, size.trained
     if not taken.freezing:
-        frozen_bytes, trained = 0, model.family.num_parameters(model.config)
+        frozen_bytes, trained = 0, size.whole
     sharding = Sharding(
         trained, frozen_bytes, config.gpus, stage=2 if taken.zero2 else 0, reduce_bucket=reduce_bucket(config)
     )
@@ -107,11 +101,11 @@ def _row(config: Plan, model: Model, taken: Measures, title: str) -> MeasuresRow
         trace.forward_peak_bytes,
         trace.kept_bytes,
         trace.backward_peak_bytes,
-        attention_workspace(model, work),
-        batch_bytes(model, work),
+        attention_workspace(model, work, size),
+        batch_bytes(work),
     )
     encoders = 0
     if not taken.encoders_offline:
-        size = half.itemsize if taken.mixed_precision else FP32_BYTES
-        encoders = size * (TEXT_ENCODER_PARAMETERS + VAE_PARAMETERS)
+        number_bytes = half.itemsize if taken.mixed_precision else FP32_BYTES
+        encoders = number_bytes * (TEXT_ENCODER_PARAMETERS + VAE_PARAMETERS)
     return MeasuresRow(title, memory, encoders)

@@ -13,7 +13,7 @@ from exvideo_train.planning.suggestions import Suggestion
 
 MEMORY_ROWS = {
     "weights": "frozen weights",
-    "lora": "LoRA, fp32",
+    "lora": "trained, fp32",
     "optimizer": "optimizer: fp32 copy, moments, moving average",
     "gradients": "gradients and their buffers",
     "kept": "activations kept, batch",
@@ -65,7 +65,7 @@ def text(
     samples = f"{here.samples_per_step} samples a step"
     lines = [
         f"{config.model.path}, {here.geometry.name}: {here.num_tokens:,} tokens a sample, "
-        f"LoRA of {here.trained:,} parameters",
+        f"{here.trained:,} trained parameters",
         f"{here.world_size} x {device.name} ({device.memory_gib} GiB each) = "
         f"{here.world_size // here.sequence_size} data x {here.sequence_size} sequence, "
         f"ZeRO-{config.memory.zero_stage}, recompute {config.memory.recompute.name}, {samples}",

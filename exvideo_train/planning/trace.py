@@ -28,9 +28,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from exvideo_train.config.experiment import MemoryConfig, Recompute
-from exvideo_train.extensions.lora import LoraExtension, apply_lora
+from exvideo_train.extensions.extension import Extension
 from exvideo_train.geometry import Geometry
-from exvideo_train.models.family import BackboneFamily
+from exvideo_train.models.family import Family
 from exvideo_train.models.noise_levels import squared_error
 from exvideo_train.parallel.attention import attend_by_shape
 from exvideo_train.parallel.mesh import Mesh
@@ -62,16 +62,16 @@ class Work:
 
     Attributes:
         config: the backbone's config, of ``family``'s config class.
-        lora: the trained updates; None trains the whole backbone instead (to show what freezing saves).
+        extension: what is trained; None trains the whole backbone instead (to show what freezing saves).
         recompute: the policy of activation checkpointing.
         compute_dtype: of autocast; float32 runs without it.
         weights_dtype: of the backbone's weights.
         sequence_size: ranks that share the sample; the trace is of the first rank, which has the longest slice.
     """
 
-    family: BackboneFamily[Any]
+    family: Family[Any]
     config: Any
-    lora: LoraExtension | None
+    extension: Extension | None
     geometry: Geometry
     recompute: Recompute
     batch_size: int = 1
@@ -118,22 +118,23 @@ class StepTrace:
 def trace_step(work: Work) -> StepTrace:
     """The cost of one micro-step of the whole network."""
     with torch.device("meta"):
-        depth = len(work.family.build(work.config).blocks)  # type: ignore[arg-type]
-    if depth <= TRACED_BLOCKS:
-        return trace_blocks(work, depth)
+        blocks = getattr(work.family.build(work.config), "blocks", None)
+    if blocks is None or (depth := len(blocks)) <= TRACED_BLOCKS:
+        return trace_blocks(work, None)
     deep = trace_blocks(work, TRACED_BLOCKS)
     return deep._deeper(trace_blocks(work, TRACED_BLOCKS - 1), depth - TRACED_BLOCKS)
 
 
-def trace_blocks(work: Work, num_blocks: int) -> StepTrace:
-    """The cost of one micro-step of the network cut to its first blocks, traced to the last operator."""
+def trace_blocks(work: Work, num_blocks: int | None) -> StepTrace:
+    """The cost of one micro-step of the network cut to its first blocks, or of all of it, to the last operator."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.device("meta"):
         model = work.family.build(work.config).to(work.weights_dtype)
-    del model.blocks[num_blocks:]  # type: ignore[operator, union-attr]
-    if work.lora is not None:
-        apply_lora(model, work.lora, seed=0)
+    if num_blocks is not None:
+        del model.blocks[num_blocks:]  # type: ignore[operator, union-attr]
+    if work.extension is not None:
+        work.extension.attach(model, seed=0)
     # One at a time: the process group that stands in for the ranks is global.
     with _TRACING, _stand_in_ranks(work.sequence_size) as group, FakeTensorMode():
         _place_on_fake_cpu(model)
@@ -172,7 +173,8 @@ def _run(model: nn.Module, work: Work) -> StepTrace:
     meter = CostCounter()
     with meter:
         inputs = empty_inputs(work.family, work.config, work.geometry, work.batch_size)
-        prediction_BTCHW, target_BTCHW = model(*inputs), torch.empty_like(inputs[0])
+        target_BTCHW = torch.empty_like(inputs.latents_BTCHW)
+        prediction_BTCHW = model(inputs.latents_BTCHW, inputs.told_B, **inputs.conditions)
         loss = squared_error(prediction_BTCHW, target_BTCHW).mean
         del prediction_BTCHW
         forward_flops, forward_peak_bytes, kept_bytes = meter.flops, meter.peak_bytes, meter.live_bytes

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from exvideo_train.errors import UnreadableFile, UserError
 from exvideo_train.files import open_regular, parse_json, read_regular, read_safetensors_header, sha256_file, short
+from exvideo_train.models.registry import FIRST_FAMILY
 
 FORMAT_VERSION = 1
 STEP_NAME = re.compile(r"step_(\d{8,12})")
@@ -57,6 +58,7 @@ class TrainingState:
         config: the run's options as plain values.
         clips_sha256: of the geometries and ids of the training clips, on which the sample order depends.
         resumed_from: the checkpoint or run folder given as ``resume`` from which the run once began, else empty.
+        family: of the model; the first one's is not written, as checkpoints were made before there were others.
     """
 
     step: int
@@ -66,6 +68,13 @@ class TrainingState:
     config: dict[str, Any]
     clips_sha256: str = ""
     resumed_from: str = ""
+    family: str = FIRST_FAMILY
+
+    def to_json(self) -> dict[str, Any]:
+        content = asdict(self)
+        if self.family == FIRST_FAMILY:
+            del content["family"]
+        return content
 
 
 class CorruptCheckpoint(UserError):
@@ -169,7 +178,7 @@ def _check_state(content: Mapping[str, Any]) -> tuple[TrainingState, dict[str, s
     if unknown:
         raise ValueError(f"{STATE_FILE}: state has a field {min(map(short, unknown))}, which is unknown")
     state = TrainingState(**content["state"])
-    kinds = {"config": dict, "clips_sha256": str, "resumed_from": str}
+    kinds = {"config": dict, "clips_sha256": str, "resumed_from": str, "family": str}
     values: dict[str, Any] = vars(state)
     for name, value in values.items():
         # type(), as True is an int too
@@ -211,7 +220,7 @@ def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _state_digest(state: TrainingState) -> str:
-    return hashlib.sha256(json.dumps(asdict(state), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(state.to_json(), sort_keys=True).encode()).hexdigest()
 
 
 def newest_valid_checkpoint(run_dir: Path, log: Log) -> Checkpoint | None:
@@ -385,7 +394,7 @@ def write_checkpoint(path: Path, state: TrainingState, tensors: Mapping[str, Map
             digests[METRICS_FILE] = sha256_file(temporary / METRICS_FILE)
         content = {
             "format_version": FORMAT_VERSION,
-            "state": asdict(state),
+            "state": state.to_json(),
             "state_sha256": _state_digest(state),
             "sha256": digests,
         }
@@ -416,8 +425,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], shape_options: Sequence[str]) -> list[str]:
     """Compare a checkpoint's config with the one given now.
+
+    Args:
+        shape_options: those that what is trained has its shape from.
 
     Returns:
         notes on options that differ and may.
@@ -433,10 +445,10 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
         "fps",
         "model.path",
         "model.revision",
-        "lora.rank",
-        "lora.alpha",
+        "data.geometries",
+        "data.held_out_clips",
+        *shape_options,
     )
-    fixed += ("lora.targets", "data.geometries", "data.held_out_clips")
     ignored = ("latents", "run_dir", "resume", "dry_run", "logger.", "checkpoint.", "safety.", "validation.")
     flat_saved, flat_current = _flatten(saved), _flatten(current)
     differing = {k: (flat_saved.get(k), flat_current.get(k)) for k in flat_saved | flat_current}

@@ -24,9 +24,6 @@ from exvideo_train.training.order import SampleOrder
 
 _log = logging.getLogger(__name__)
 
-# The VAE's log-variance is unbounded; diffusers' DiagonalGaussianDistribution clamps it to this range.
-LOG_VARIANCE_RANGE = (-30.0, 20.0)
-
 
 class TrainingSample(NamedTuple):
     """One sample, on the CPU, ready for the objective.
@@ -63,22 +60,6 @@ class TrainingBatch(NamedTuple):
     replaced: tuple[str, ...]
 
 
-def posterior_sample(moments_CTHW: Tensor, noise_TCHW: Tensor, scaling_factor: float) -> Tensor:
-    """A latent from the VAE's posterior, scaled: (mean + exp(log_variance / 2) * noise) * scaling_factor.
-
-    Args:
-        moments_CTHW: (2C, T, H, W), mean then log-variance.
-        noise_TCHW: (T, C, H, W) float32.
-
-    Returns:
-        (T, C, H, W) float32.
-    """
-    mean_CTHW, log_variance_CTHW = moments_CTHW.float().chunk(2, dim=0)
-    deviation_CTHW = torch.exp(0.5 * log_variance_CTHW.clamp(*LOG_VARIANCE_RANGE))
-    latents_CTHW = mean_CTHW + deviation_CTHW * noise_TCHW.transpose(0, 1)
-    return (latents_CTHW * scaling_factor).transpose(0, 1).contiguous()
-
-
 class LatentDataset(Dataset[TrainingSample]):
     """The sample at each global position of a run; ``dataset[position]`` for any position, however large.
 
@@ -112,7 +93,8 @@ class LatentDataset(Dataset[TrainingSample]):
         self.caption_dropout = caption_dropout
         self.max_corrupt_clips = max_corrupt_clips
         self.corrupt_clips: set[str] = set()
-        self.empty_prompt_LC = store.empty_prompt().clone()
+        self.family = store.family
+        self.empty_prompt = store.empty_prompt()
 
     def __len__(self) -> int:
         """Clips of one epoch."""
@@ -125,23 +107,17 @@ class LatentDataset(Dataset[TrainingSample]):
             UserError: more than ``max_corrupt_clips`` latent files are corrupt.
         """
         clip_id, stored, replaced = self._read_or_replace(position)
-        latent_shape = self.latent_shape(stored)
-        random = draw(self.seed, position, latent_shape, self.num_levels, self.caption_dropout)
+        random = draw(self.seed, position, self.store.latent_shape(stored), self.num_levels, self.caption_dropout)
+        conditions = self.family.conditions(stored.tensors, self.empty_prompt, random.drop_condition)
         return TrainingSample(
-            latents_TCHW=posterior_sample(stored.moments_CTHW, random.posterior_noise_TCHW, self.store.scaling_factor),
-            conditions={"text_BLC": self.empty_prompt_LC if random.drop_condition else stored.text_LC.clone()},
+            latents_TCHW=self.store.latents(stored, random.posterior_noise_TCHW),
+            conditions={name: value.clone() for name, value in conditions.items()},
             noise_TCHW=random.noise_TCHW,
             row=random.row,
             clip_id=clip_id,
             position=position,
             replaced=replaced,
         )
-
-    @staticmethod
-    def latent_shape(stored: StoredClip) -> tuple[int, int, int, int]:
-        """(T, C, H, W) of the latent that a stored clip gives."""
-        channels2, frames, height, width = stored.moments_CTHW.shape
-        return frames, channels2 // 2, height, width
 
     def _read_or_replace(self, position: int) -> tuple[str, StoredClip, tuple[str, ...]]:
         bucket, stream_position = self.order.locate(position)

@@ -6,7 +6,7 @@ Products, convolutions and attention count, two FLOPs for each multiply-add; a f
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from exvideo_train.config.experiment import MemoryConfig, Recompute
 from exvideo_train.extensions.extension import Extension
 from exvideo_train.geometry import Geometry
-from exvideo_train.models.family import BackboneFamily
+from exvideo_train.models.family import Family
+from exvideo_train.models.shapes import input_shapes
 from exvideo_train.parallel.attention import attend_by_shape
 from exvideo_train.parallel.mesh import Mesh
 from exvideo_train.parallel.parallelize import parallelize
 
 
 def step_flops(
-    family: BackboneFamily[Any],
+    family: Family[Any],
     config: Any,
     extension: Extension,
     geometry: Geometry,
@@ -45,19 +46,25 @@ def step_flops(
     mesh, memory = Mesh(0, 1, 1, torch.device("meta")), MemoryConfig(recompute=recompute)
     parallelize(network, memory, mesh, torch.float32, extension.has_dropout, attend_by_shape)
     with FlopCounterMode(display=False) as counter:
-        loss = network(*inputs).sum()
+        loss = network(inputs.latents_BTCHW, inputs.told_B, **inputs.conditions).sum()
         forward = counter.get_total_flops()
         loss.backward()
     return forward, counter.get_total_flops() - forward
 
 
-def empty_inputs(
-    family: BackboneFamily[Any], config: Any, geometry: Geometry, batch_size: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """latents_BTCHW, told_B and text_BLC without values, on the current device."""
-    latent_channels, text_channels = family.sample_channels(config)
-    latents_BTCHW = torch.empty(
-        batch_size, geometry.num_latent_frames, latent_channels, geometry.latent_height, geometry.latent_width
+class Inputs(NamedTuple):
+    """What a network is called with."""
+
+    latents_BTCHW: Tensor
+    told_B: Tensor
+    conditions: dict[str, Tensor]
+
+
+def empty_inputs(family: Family[Any], config: Any, geometry: Geometry, batch_size: int = 1) -> Inputs:
+    """A batch without values, on the current device."""
+    latents, conditions = input_shapes(family, config, geometry, batch_size)
+    return Inputs(
+        torch.empty(latents),
+        torch.zeros(batch_size, dtype=torch.int64),
+        {n: torch.empty(shape) for n, shape in conditions.items()},
     )
-    text_BLC = torch.empty(batch_size, family.text_length(config), text_channels)
-    return latents_BTCHW, torch.zeros(batch_size, dtype=torch.int64), text_BLC

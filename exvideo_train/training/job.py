@@ -7,28 +7,27 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from exvideo_train.config.commands import Train
-from exvideo_train.config.experiment import Dtype, Experiment
+from exvideo_train.config.experiment import Dtype, Experiment, plain_config
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.extension import Extension
-from exvideo_train.extensions.lora import LoraExtension
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import UnusableLatent
 from exvideo_train.latents.fingerprint import model_fingerprint
 from exvideo_train.latents.store import LatentStore
+from exvideo_train.models.family import Family
 from exvideo_train.models.hub import resolve_model_path
 from exvideo_train.models.noise_levels import NoiseLevels
-from exvideo_train.models.registry import backbone_config, backbone_family, load_backbone
+from exvideo_train.models.registry import backbone_config, backbone_family, check_geometry, likely_family, load_backbone
 from exvideo_train.parallel.engine import TrainingEngine
 from exvideo_train.parallel.hardware import device_peak_flops
 from exvideo_train.parallel.mesh import Mesh, check_equal_weights
@@ -41,8 +40,6 @@ from exvideo_train.training.order import SampleOrder, samples_within_budget, spl
 from exvideo_train.training.validation import Validator
 
 Log = Callable[[str], None]
-# What training reads of a published model; T5 and VAE did their work offline.
-TRAINING_PARTS = ("transformer", "scheduler")
 # At most a quarter of a small store is held out, so that the experiments' defaults serve a handful of clips too.
 LEAST_CLIPS_PER_HELD_OUT = 4
 SHARED_MEMORY = Path("/dev/shm")
@@ -107,6 +104,7 @@ class Job:
     config: Train
     mesh: Mesh
     model_path: Path
+    family: Family[Any]
     data: Data
     levels: NoiseLevels
     extension: Extension
@@ -127,15 +125,7 @@ class Job:
     @cache  # noqa: B019 (a process has one job)
     def flops_per_sample(self, geometry: Geometry) -> float:
         """FLOPs that one sample's forward and backward pass need; recomputation is work, but no progress."""
-        family, config = backbone_family(self.model_path), backbone_config(self.model_path)
-        return sum(step_flops(family, config, self.extension, geometry))
-
-
-def plain_config(config: Experiment) -> dict[str, Any]:
-    """A config as JSON values."""
-    content = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+        return sum(step_flops(self.family, backbone_config(self.model_path), self.extension, geometry))
 
 
 def training_dtypes(dtype: Dtype) -> torch.dtype:
@@ -170,7 +160,8 @@ def check_options(config: Train) -> None:
     }.items():
         if not 0 <= share < 1:
             raise UserError(f"{name}={share}: must be at least 0 and below 1")
-    _ = LoraExtension.from_config(config.lora), geometries(config)
+    for geometry in geometries(config):
+        check_geometry(geometry, config.model.path)
 
 
 def geometries(config: Experiment) -> list[Geometry]:
@@ -186,7 +177,9 @@ def check_and_fetch_model(config: Train, mesh: Mesh) -> Path:
         UserError: an option, or the model.
     """
     mesh.main_first(lambda: check_options(config))
-    return mesh.main_first(lambda: resolve_model_path(config.model.path, config.model.revision, TRAINING_PARTS))
+    # Text encoder and VAE did their work offline.
+    parts = likely_family(config.model.path).training_parts
+    return mesh.main_first(lambda: resolve_model_path(config.model.path, config.model.revision, parts))
 
 
 def open_data(config: Train, mesh: Mesh, model_path: Path, log: Log) -> Data:
@@ -195,6 +188,9 @@ def open_data(config: Train, mesh: Mesh, model_path: Path, log: Log) -> Data:
     Raises:
         UserError: no store, a store of another model or geometry, or too few clips.
     """
+    family = backbone_family(model_path)
+    for geometry in geometries(config):
+        family.grid.check(geometry)
     store = LatentStore.open(Path(config.latents))
     for geometry in geometries(config):
         # Hashing the model's files takes a while: once, on rank 0.
@@ -217,7 +213,8 @@ def open_data(config: Train, mesh: Mesh, model_path: Path, log: Log) -> Data:
             log(f"{geometry.name}: all its {len(ids[geometry])} clips are held out, none is left to train on")
     buckets = [(geometry, clip_ids) for geometry, clip_ids in buckets if clip_ids]
     budget = config.data.token_budget
-    per_rank = [samples_within_budget(g, budget) if budget else config.data.batch_size for g, _ in buckets]
+    sizes = [family.grid.num_tokens(geometry) for geometry, _ in buckets]
+    per_rank = [samples_within_budget(size, budget) if budget else config.data.batch_size for size in sizes]
     units = mesh.data_size * config.optim.accumulation_steps
     order = SampleOrder([len(clip_ids) for _, clip_ids in buckets], [n * units for n in per_rank], config.seed)
     return Data(store, buckets, held_out, order)
@@ -236,12 +233,16 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
     """
     # 1. What needs no weights, on rank 0 first: files, fingerprint, checkpoint.
     beat("opening data")
+    family = backbone_family(model_path)
+    extension: Extension = mesh.main_first(lambda: family.extension().from_options(plain_config(config)))
     data = mesh.main_first(lambda: open_data(config, mesh, model_path, log))
-    levels = backbone_family(model_path).noise_levels(model_path).to(mesh.device)
+    levels = family.noise_levels(model_path).to(mesh.device)
     checkpoint = mesh.main_first(lambda: find_checkpoint(Path(config.run_dir), config.resume, log))
     if checkpoint is not None:
         found = checkpoint
-        notes = mesh.main_first(lambda: check_same_run(found.state.config, plain_config(config)))
+        notes = mesh.main_first(
+            lambda: check_same_run(found.state.config, plain_config(config), extension.shape_options)
+        )
         for note in notes:
             log(f"option changed since the checkpoint: {note}")
         if found.state.clips_sha256 != data.sha256():
@@ -254,7 +255,6 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
     beat("loading the backbone")
     dtype = training_dtypes(config.model.dtype)
     backbone = load_backbone(model_path, dtype, mesh.device)
-    extension = LoraExtension.from_config(config.lora)
     mesh.main_first(lambda: extension.attach(backbone, config.seed))
     if checkpoint is not None:
         extension.load(backbone, checkpoint.tensors(extension.name), source=str(checkpoint.path))
@@ -272,7 +272,19 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
     if config.resume not in ("auto", "never"):
         resumed_from = str(Path(config.resume).resolve())
     return Job(
-        config, mesh, model_path, data, levels, extension, engine, kernel, checkpoint, validator, dtype, resumed_from
+        config,
+        mesh,
+        model_path,
+        family,
+        data,
+        levels,
+        extension,
+        engine,
+        kernel,
+        checkpoint,
+        validator,
+        dtype,
+        resumed_from,
     )
 
 
@@ -313,14 +325,14 @@ def _validator(
         log("no validation: every held-out clip is damaged")
         return None
     family = backbone_family(model_path)
-    base = Geometry(family.num_base_frames(backbone_config(model_path)), geometry.height, geometry.width, geometry.fps)
+    base = replace(geometry, num_frames=family.num_base_frames(backbone_config(model_path)))
     return Validator(
         data.store,
         clip_ids,
         geometry,
         levels,
         num_quantiles=config.validation.timestep_quantiles,
-        base_latent_frames=base.num_latent_frames,
+        base_latent_frames=family.grid.shape_THW(base)[0],
         mesh=mesh,
         on_progress=lambda: beat("validation"),
         log=log,
@@ -329,12 +341,13 @@ def _validator(
 
 def _check_channels(store: LatentStore, geometry: Geometry, model_path: Path) -> None:
     """A fingerprint only says what a store claims: its tensors must fit the network too."""
-    latent, text = backbone_family(model_path).sample_channels(backbone_config(model_path))
+    needed = backbone_family(model_path).stored_channels(backbone_config(model_path))
     held = store.channels(geometry)
-    if held is not None and held != (2 * latent, text):
+    if held is not None and held != needed:
+        has, needs = (", ".join(f"{name} {number}" for name, number in c.items()) for c in (held, needed))
         raise UserError(
-            f"latents={store.path}: {geometry.name} has moments of {held[0]} channels and text of {held[1]}, this "
-            f"model needs {2 * latent} and {text}: the store is not what its fingerprint says; encode it again"
+            f"latents={store.path}: the tensors of {geometry.name} have these channels: {has}, this model needs "
+            f"{needs}: the store is not what its fingerprint says; encode it again"
         )
 
 

@@ -34,7 +34,6 @@ from exvideo_train.training.job import (
 from exvideo_train.training.learning_rate import learning_rate
 from exvideo_train.training.loggers import RunLogger, read_metrics
 from exvideo_train.training.meters import SpeedMeter
-from exvideo_train.training.order import num_video_tokens
 from exvideo_train.training.samples import SampleProcess
 from exvideo_train.training.validation import draw_curves
 from exvideo_train.training.watchdog import Watchdog
@@ -208,7 +207,7 @@ class Trainer:
         num_samples = len(batch.clip_ids)
         geometry = self.job.data.buckets[self.job.data.order.locate(batch.positions[0])[0]][0]
         self.position += num_samples * self.mesh.data_size
-        tokens, flops = num_video_tokens(geometry), self.job.flops_per_sample(geometry)
+        tokens, flops = self.job.family.grid.num_tokens(geometry), self.job.flops_per_sample(geometry)
         self.meter.add_samples(num_samples, num_samples * tokens, num_samples * flops)
         device = self.mesh.device
         return batch._replace(
@@ -319,7 +318,7 @@ class Trainer:
     def _state(self) -> TrainingState:
         options, clips = plain_config(self.config), self.job.data.sha256()
         counters = (self.step, self.position, self.num_updates, self.num_skipped)
-        return TrainingState(*counters, options, clips, self.job.resumed_from)
+        return TrainingState(*counters, options, clips, self.job.resumed_from, self.job.family.name)
 
     def _save(self, wait: bool) -> dict[str, dict[str, Tensor]]:
         """Copy the state to rank 0's host memory, then write it in the background."""
@@ -358,7 +357,8 @@ class Trainer:
         self.writer.finish(raise_error=True)
 
     def _export(self, path: Path, tensors: dict[str, Tensor], weights: str) -> None:
-        provenance = make_provenance(self.config.model.path, self.config.geometry, self.step, weights=weights)
+        options, family = self.config, self.job.family.name
+        provenance = make_provenance(options.model.path, family, options.geometry, self.step, weights=weights)
         self.job.extension.write(path, "diffusers", tensors, provenance)
 
     def describe(self) -> list[str]:

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exvideo_train.errors import UserError
-from exvideo_train.geometry import PIXELS_PER_PATCH, Geometry
 
 Indices = NDArray[np.int64]
 
@@ -205,15 +204,9 @@ def permutation(length: int, seed: int, purpose: str, epoch: int) -> Indices:
     return np.argsort(mixed, kind="stable").astype(np.int64)
 
 
-def num_video_tokens(geometry: Geometry) -> int:
-    """Video tokens of a sample: latent frames times 2x2 patches of latents."""
-    rows, columns = geometry.height // PIXELS_PER_PATCH, geometry.width // PIXELS_PER_PATCH
-    return geometry.num_latent_frames * rows * columns
-
-
-def samples_within_budget(geometry: Geometry, token_budget: int) -> int:
-    """Samples of a geometry that ``token_budget`` video tokens hold, at least one."""
-    return max(1, token_budget // num_video_tokens(geometry))
+def samples_within_budget(num_tokens: int, token_budget: int) -> int:
+    """Samples of so many video tokens that ``token_budget`` holds, at least one."""
+    return max(1, token_budget // num_tokens)
 
 
 def split_held_out(clip_ids: Sequence[str], num_held_out: int) -> tuple[list[str], list[str]]:

@@ -24,7 +24,6 @@ from exvideo_train.latents.clip_file import UnusableLatent
 from exvideo_train.latents.store import LatentStore, StoredClip
 from exvideo_train.models.noise_levels import NoiseLevels, denoising_loss
 from exvideo_train.parallel.mesh import Mesh
-from exvideo_train.training.dataset import posterior_sample
 from exvideo_train.training.draws import draw
 
 if TYPE_CHECKING:
@@ -105,6 +104,7 @@ class Validator:
         self.mesh = mesh
         self.on_progress = on_progress
         self.log = log
+        self.empty_prompt = store.empty_prompt()
 
     @torch.no_grad()
     def run(self, predict: Predict) -> Validation:
@@ -113,7 +113,8 @@ class Validator:
         Args:
             predict: the network.
         """
-        total_QT = torch.zeros(len(self.rows), self.geometry.num_latent_frames, dtype=torch.float64)
+        num_latent_frames = self.store.family.grid.shape_THW(self.geometry)[0]
+        total_QT = torch.zeros(len(self.rows), num_latent_frames, dtype=torch.float64)
         num_clips = 0
         # Every rank makes the same number of calls, as collectives inside the model (ZeRO-3) demand.
         rounds = math.ceil(len(self.clip_ids) / self.mesh.data_size)
@@ -158,20 +159,21 @@ class Validator:
         return [self.store.read(clip_id, self.geometry).caption for clip_id in self.clip_ids[:number]]
 
     def _score(self, index: int, stored: StoredClip, predict: Predict) -> Tensor:
-        channels2, T, H, W = stored.moments_CTHW.shape
-        device = self.mesh.device
+        device, shape = self.mesh.device, self.store.latent_shape(stored)
+        conditions = self.store.family.conditions(stored.tensors, self.empty_prompt, False)
+        conditions = {name: value[None].to(device) for name, value in conditions.items()}
         losses = []
         for band, row in enumerate(self.rows):
             position = index * len(self.rows) + band
-            random = draw(_VALIDATION_SEED, position, (T, channels2 // 2, H, W), len(self.levels), 0.0)
-            latents = posterior_sample(stored.moments_CTHW, random.posterior_noise_TCHW, self.store.scaling_factor)
+            random = draw(_VALIDATION_SEED, position, shape, len(self.levels), 0.0)
+            latents = self.store.latents(stored, random.posterior_noise_TCHW)
             loss = denoising_loss(
                 predict,
                 self.levels,
                 latents[None].to(device),
                 random.noise_TCHW[None].to(device),
                 torch.tensor([row], device=device),
-                {"text_BLC": stored.text_LC[None].to(device)},
+                conditions,
             )
             losses.append(loss.per_position_BT[0].double().cpu())
         return torch.stack(losses)

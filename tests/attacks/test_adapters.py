@@ -15,7 +15,7 @@ from support.attacks import Attack, Ending, attacks, check_ending, held, refused
 
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
-from exvideo_train.extensions.lora import LoraExtension, attach_adapter
+from exvideo_train.extensions.lora import LoraExtension
 from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.registry import load_backbone
@@ -68,7 +68,7 @@ def lora_text(text: str) -> bytes:
 
 def ours(**fields: Any) -> bytes:
     """A whole adapter whose provenance has changed fields."""
-    provenance = make_provenance("tiny", Geometry(9, 64, 96, 8), steps=7) | {"rank": RANK, "alpha": 4.0}
+    provenance = make_provenance("tiny", "cogvideox", Geometry(9, 64, 96, 8), steps=7) | {"rank": RANK, "alpha": 4.0}
     return file(PAIR, {OURS: json.dumps({**provenance, "adapter_format": "comfyui", **fields})})
 
 
@@ -270,7 +270,8 @@ def test_adapter_files(attack: Attack, tmp_path: Path, tiny_model_5b: Path) -> N
     def read() -> dict[str, str]:
         adapter = read_adapter(path)
         backbone = load_backbone(tiny_model_5b, torch.bfloat16)
-        attach_adapter(backbone, adapter, torch.bfloat16, scale=1.0, source=str(path))
+        trained = LoraExtension.read(path)
+        trained.extension.place(backbone, trained, torch.bfloat16, scale=1.0, source=str(path))
         assert (adapter.rank, adapter.alpha) in ((2, 2.0), (2, 4.0))
         return {}
 

@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.attacks import Attack, Ending, attacks, check_ending, held, refused
 
-from exvideo_train.latents.fingerprint import component_digest, read_text_length
+from exvideo_train.latents.fingerprint import component_digest
 from exvideo_train.models.cogvideox.encoder_weights import load_text_encoder, load_tokenizer, load_vae
+from exvideo_train.models.cogvideox.encoding import read_text_length
 from exvideo_train.models.cogvideox.objective import noise_levels
-from exvideo_train.models.cogvideox.sampler import SamplerSettings, load_scheduler
+from exvideo_train.models.cogvideox.sampler import load_scheduler
 from exvideo_train.models.registry import load_backbone
+from exvideo_train.models.stages import SamplerSettings
 
 Edit = Callable[[Path], object]
 VOCABULARY = 280

@@ -31,18 +31,21 @@ from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import METADATA_KEY, CorruptLatent, MissingLatent, UnreadableLatent
 from exvideo_train.latents.decode import Failure
-from exvideo_train.latents.fingerprint import Fingerprint, read_scaling_factor
+from exvideo_train.latents.fingerprint import Fingerprint
 from exvideo_train.latents.inspection import StoreVerification, describe_stats, verify_store
 from exvideo_train.latents.plan import Plan, make_plan, refuse_linked_store, set_damaged_aside, write_index
 from exvideo_train.latents.report import totals_from_json
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore, Quarantine, quarantine_clip
+from exvideo_train.models.cogvideox.encoding import read_normalisation
+from exvideo_train.models.normalisation import Normalisation
 from exvideo_train.training.dataset import LatentDataset
 from exvideo_train.training.job import _check_channels
 from exvideo_train.training.order import SampleOrder
 
 GEOMETRY = Geometry(9, 32, 48, 8)
-FINGERPRINT = Fingerprint("v" * 64, "t" * 64, "k" * 64, "fp32", "fp32", False, 5, 9, 32, 48, 8.0)
+SHA256 = {"vae": "v" * 64, "text_encoder": "t" * 64, "tokenizer": "k" * 64}
+FINGERPRINT = Fingerprint(SHA256, "fp32", "fp32", False, 5, 9, 32, 48, 8.0)
 RECORDS = [
     ClipRecord(make_clip_id("t", str(n), 0, None), "t", f"/videos/{n}.mp4", 0, None, f"caption {n}") for n in range(6)
 ]
@@ -53,14 +56,14 @@ VICTIM = RECORDS[0]
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six clips; read only."""
     path = tmp_path_factory.mktemp("whole") / "store"
-    store = LatentStore.create(path, 0.7)
+    store = LatentStore.create(path, Normalisation((0.7,)))
     store.add_geometry(FINGERPRINT)
     generator = torch.Generator().manual_seed(0)
     entries = []
     for record in RECORDS:
         moments, text = torch.randn((4, 3, 4, 6), generator=generator), torch.randn((5, 6), generator=generator)
-        entries.append(store.write_clip(record.clip_id, GEOMETRY, moments, text, record.caption))
-    store.write_empty_prompt(torch.full((5, 6), 0.5))
+        entries.append(store.write_clip(record.clip_id, GEOMETRY, {"moments": moments, "text": text}, record.caption))
+    store.write_empty_prompt({"text": torch.full((5, 6), 0.5)})
     store.write_index(entries)
     return path
 
@@ -512,7 +515,7 @@ def test_nothing_is_written_through_a_link(store: LatentStore) -> None:
     move_out(store, part)
     outside = contents(store.path.parent / "outside")
     with pytest.raises(UserError, match="link"):
-        store.write_clip(VICTIM.clip_id, GEOMETRY, torch.zeros(4, 3, 4, 6), torch.zeros(5, 6), "x")
+        store.write_clip(VICTIM.clip_id, GEOMETRY, {"moments": torch.zeros(4, 3, 4, 6), "text": torch.zeros(5, 6)}, "x")
     with pytest.raises(UserError, match="link"):
         quarantine_clip(store, Quarantine(store.path, GEOMETRY), VICTIM, Failure("missing", "x"))
     (store.path / "damaged").symlink_to(store.path.parent / "outside")
@@ -626,7 +629,7 @@ def nothing_dropped(_: object) -> Mapping[str, str]:
 def test_scaling_factor(attack: Attack, tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(f'{{"scaling_factor": {attack.content}}}')
-    check_ending(attack, lambda: nothing_dropped(read_scaling_factor(tmp_path)))
+    check_ending(attack, lambda: nothing_dropped(read_normalisation(tmp_path)))
     value = json.loads(attack.content)
     check_ending(attack, lambda: nothing_dropped(LatentStore.create(tmp_path / "new", value)))
     description = json.dumps({**DESCRIPTION, "scaling_factor": "FACTOR"}).replace('"FACTOR"', attack.content)
@@ -647,7 +650,7 @@ def test_scaling_factor(attack: Attack, tmp_path: Path) -> None:
 def test_config_of_another_shape(attack: Attack, tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_bytes(attack.content)
-    check_ending(attack, lambda: nothing_dropped(read_scaling_factor(tmp_path)))
+    check_ending(attack, lambda: nothing_dropped(read_normalisation(tmp_path)))
 
 
 # -- index.jsonl: training refuses it by its line, verification lists the line and writes it anew --------------
@@ -818,10 +821,9 @@ def plan_of(store: LatentStore, folder: Path) -> Plan:
         model_path=folder / "model",
         store_path=store.path,
         fingerprint=FINGERPRINT,
-        scaling_factor=0.7,
+        normalisation=Normalisation((0.7,)),
         dtype="fp32",
         tiling=False,
-        text_length=5,
         decode_workers=1,
         prefetch_clips=1,
         clip_timeout_seconds=1.0,
@@ -890,7 +892,7 @@ def test_clip_that_fails_with_another_caption_leaves_its_former_latent_aside(sto
 def test_empty_prompt_that_is_not_finite_is_never_written(store: LatentStore) -> None:
     before = store.empty_prompt_path.read_bytes()
     with pytest.raises(UserError, match="empty prompt"):
-        store.write_empty_prompt(torch.full((5, 6), math.nan))
+        store.write_empty_prompt({"text": torch.full((5, 6), math.nan)})
     assert store.empty_prompt_path.read_bytes() == before
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from exvideo_train.errors import UserError
-from exvideo_train.latents.fingerprint import read_text_length
 from exvideo_train.models.cogvideox.encoder_weights import load_text_encoder, load_tokenizer, load_vae
+from exvideo_train.models.cogvideox.encoding import read_text_length
 from exvideo_train.models.cogvideox.objective import noise_levels
-from exvideo_train.models.cogvideox.sampler import SamplerSettings, load_scheduler
+from exvideo_train.models.cogvideox.sampler import load_scheduler
 from exvideo_train.models.cogvideox.tiny import write_tiny_model
 from exvideo_train.models.registry import load_backbone
+from exvideo_train.models.stages import SamplerSettings
 from fuzz.mutations import Mutator
 from fuzz.running import Case, Rows, Target
 from fuzz.weights import TensorFile

@@ -21,6 +21,7 @@ from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import UnusableLatent, read_index_lines
 from exvideo_train.latents.fingerprint import Fingerprint
 from exvideo_train.latents.store import LatentStore
+from exvideo_train.models.normalisation import Normalisation
 from exvideo_train.training.checkpoint import TrainingState, load_checkpoint, write_checkpoint
 from exvideo_train.training.loggers import read_metrics
 from fuzz.mutations import Mutator, dumps, plain_copy
@@ -28,7 +29,8 @@ from fuzz.running import Case, Rows, Target
 
 MODULE = "transformer_blocks.0.attn1.to_q"
 GEOMETRY = Geometry(9, 32, 48, 8)
-FINGERPRINT = Fingerprint("v" * 64, "t" * 64, "k" * 64, "fp32", "fp32", False, 5, 9, 32, 48, 8.0)
+SHA256 = {"vae": "v" * 64, "text_encoder": "t" * 64, "tokenizer": "k" * 64}
+FINGERPRINT = Fingerprint(SHA256, "fp32", "fp32", False, 5, 9, 32, 48, 8.0)
 CLIP_IDS = ("0" * 32, "1" * 32, "2" * 32)
 METRICS = [
     {"kind": "train", "step": step, "loss": 0.5, "lr": 1e-4, "time": 1700000000.0 + step, "grad_norm": 1.25}
@@ -198,14 +200,18 @@ def metrics(folder: Path) -> Case:
 
 
 def _write_store(folder: Path) -> LatentStore:
-    store = LatentStore.create(folder / "store", 0.7)
+    store = LatentStore.create(folder / "store", Normalisation((0.7,)))
     store.add_geometry(FINGERPRINT)
     generator = torch.Generator().manual_seed(0)
     entries = []
     for number, clip_id in enumerate(CLIP_IDS):
         moments, text = torch.randn((4, 3, 4, 6), generator=generator), torch.randn((5, 6), generator=generator)
-        entries.append(store.write_clip(clip_id, GEOMETRY, moments, text, f"caption {number}", num_tokens_cut=number))
-    store.write_empty_prompt(torch.full((5, 6), 0.5))
+        entries.append(
+            store.write_clip(
+                clip_id, GEOMETRY, {"moments": moments, "text": text}, f"caption {number}", num_tokens_cut=number
+            )
+        )
+    store.write_empty_prompt({"text": torch.full((5, 6), 0.5)})
     store.write_index(entries)
     return store
 
@@ -215,7 +221,7 @@ def latent(folder: Path) -> Case:
     clip, prompt = store.clip_path(CLIP_IDS[0], GEOMETRY), store.empty_prompt_path
     whole = {path: (path.read_bytes(), TensorFile(path)) for path in (clip, prompt)}
     # Its channels are those of the healthy files.
-    assert store.channels(GEOMETRY) == (4, 6)
+    assert store.channels(GEOMETRY) == {"moments": 4, "text": 6}
 
     def case(mutator: Mutator) -> Rows:
         path = mutator.chance.choice([clip, clip, clip, prompt])
@@ -223,11 +229,11 @@ def latent(folder: Path) -> Case:
         path.write_bytes(file.mutated(mutator))
         try:
             if path == prompt:
-                assert store.empty_prompt().shape == (5, 6)
+                assert store.empty_prompt()["text"].shape == (5, 6)
             else:
                 store.read_entry(CLIP_IDS[0], GEOMETRY).to_json().encode()
                 read = store.read(CLIP_IDS[0], GEOMETRY)
-                assert (read.moments_CTHW.shape, read.text_LC.shape) == ((4, 3, 4, 6), (5, 6))
+                assert (read.tensors["moments"].shape, read.tensors["text"].shape) == ((4, 3, 4, 6), (5, 6))
         finally:
             path.write_bytes(content)
         return Rows(1)

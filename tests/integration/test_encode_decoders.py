@@ -40,7 +40,7 @@ def test_decord_encodes_and_pyav_what_decord_cannot_be_given(clip_path, tiny_mod
     assert [store.read_entry(record.clip_id, GEOMETRY).decord_refusal for record in records] == [None] * 3
     encoder = VideoEncoder(tiny_model_5b, "cpu", torch.bfloat16, False)
     for record in [*records, old]:
-        stored_CTHW = store.read(record.clip_id, GEOMETRY).moments_CTHW
+        stored_CTHW = store.read(record.clip_id, GEOMETRY).tensors["moments"]
         of_pyav_CTHW = encoder.encode(read_frames(record, GEOMETRY, decoder="pyav"))
         off = float((of_pyav_CTHW - stored_CTHW).abs().mean())
         if record is old:

@@ -142,9 +142,11 @@ def test_store_holds_what_the_encoders_give(data, whole, tiny_model_5b):
     for record in data[1][::3]:
         clip = store.read(record.clip_id, GEOMETRY)
         assert clip.caption == record.caption
-        assert torch.equal(clip.text_LC, text.encode([record.caption])[0])
-        torch.testing.assert_close(clip.moments_CTHW, video.encode(read_frames(record, GEOMETRY)), rtol=0.02, atol=0.02)
-    assert torch.equal(store.empty_prompt(), text.encode([""])[0])
+        assert torch.equal(clip.tensors["text"], text.encode([record.caption])[0])
+        torch.testing.assert_close(
+            clip.tensors["moments"], video.encode(read_frames(record, GEOMETRY)), rtol=0.02, atol=0.02
+        )
+    assert torch.equal(store.empty_prompt()["text"], text.encode([""])[0])
 
 
 def test_each_bad_input_has_its_own_reason(data, whole):

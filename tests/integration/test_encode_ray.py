@@ -12,6 +12,7 @@ from exvideo_train.latents.fingerprint import Fingerprint
 from exvideo_train.latents.ray_engine import RayEngine
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore, Quarantine
+from exvideo_train.models.normalisation import Normalisation
 
 GEOMETRY = Geometry(9, 64, 96, 25)
 CAPTIONS = ["shared", "dies", "shared", "alone", "hangs", "shared", "dies once", "shared"]
@@ -20,9 +21,7 @@ CAPTIONS = ["shared", "dies", "shared", "alone", "hangs", "shared", "dies once",
 @pytest.fixture
 def settings(tmp_path):
     fingerprint = Fingerprint(
-        vae_sha256="v" * 64,
-        text_encoder_sha256="t" * 64,
-        tokenizer_sha256="k" * 64,
+        sha256={"vae": "v" * 64, "text_encoder": "t" * 64, "tokenizer": "k" * 64},
         vae_dtype="fp32",
         text_dtype="fp32",
         tiling=False,
@@ -33,17 +32,16 @@ def settings(tmp_path):
         fps=25.0,
         decoder="decord",
     )
-    store = LatentStore.create(tmp_path / "store", scaling_factor=0.7)
+    store = LatentStore.create(tmp_path / "store", Normalisation((0.7,)))
     store.add_geometry(fingerprint)
     (store.path / "reports").mkdir()
     return EncodeSettings(
         model_path=tmp_path / "no_model",
         store_path=store.path,
         fingerprint=fingerprint,
-        scaling_factor=0.7,
+        normalisation=store.normalisation,
         dtype="fp32",
         tiling=False,
-        text_length=5,
         decode_workers=1,
         prefetch_clips=2,
         clip_timeout_seconds=120.0,

@@ -29,15 +29,15 @@ def test_extension_gap_before_training_by_hand(trained: Trained) -> None:
     by_frame = []
     for number, clip_id in enumerate(held_out):
         stored = store.read(clip_id, LONG)
-        mean, log_variance = stored.moments_CTHW.float().transpose(0, 1).chunk(2, dim=1)
+        mean, log_variance = stored.tensors["moments"].float().transpose(0, 1).chunk(2, dim=1)
         for band, timestep in enumerate((125, 375, 625, 875)):
             random = draw(_VALIDATION_SEED, 4 * number + band, mean.shape, 1000, 0.0)
-            latents = store.scaling_factor * (mean + (log_variance / 2).exp() * random.posterior_noise_TCHW)
+            latents = store.normalisation.factor_C[0] * (mean + (log_variance / 2).exp() * random.posterior_noise_TCHW)
             time = torch.tensor([timestep])
             signal, noise = levels.signal_L[timestep].float(), levels.noise_L[timestep].float()
             noisy = signal * latents + noise * random.noise_TCHW
             velocity = signal * random.noise_TCHW - noise * latents
-            error = model(noisy[None], time, stored.text_LC[None])[0] - velocity
+            error = model(noisy[None], time, stored.tensors["text"][None])[0] - velocity
             by_frame.append(error.square().mean(dim=(1, 2, 3)))
     by_position = torch.stack(by_frame).mean(dim=0)
     torch.testing.assert_close(torch.tensor(recorded["by_position"]), by_position, rtol=1e-5, atol=0)

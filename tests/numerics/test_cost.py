@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.cogvideox_costs import attention_flops, forward_flops, lora_forward_flops
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -62,9 +63,9 @@ def on_cpu(config: Any, lora: LoraExtension, recompute: Recompute) -> nn.Module:
 def count_on_cpu(config: Any, lora: LoraExtension, geometry: Geometry, recompute: Recompute) -> tuple[int, int]:
     """FLOPs of a real forward and of a real backward pass."""
     network = on_cpu(config, lora, recompute)
-    latents_BTCHW, told_B, text_BLC = empty_inputs(FAMILY, config, geometry)
+    latents_BTCHW, told_B, conditions = empty_inputs(FAMILY, config, geometry)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as forward:
-        loss = network(latents_BTCHW.normal_(), told_B, text_BLC.normal_()).square().mean()
+        loss = network(latents_BTCHW.normal_(), told_B, conditions["text_BLC"].normal_()).square().mean()
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as backward:
         loss.backward()
     return forward.get_total_flops(), backward.get_total_flops()
@@ -113,7 +114,7 @@ def test_policies_differ_by_what_they_recompute() -> None:
         step_flops(FAMILY, config, lora_of(4), GEOMETRIES[0], policy)
         for policy in (Recompute.none, Recompute.full, Recompute.keep_attention)
     )
-    attention = config.num_layers * FAMILY.attention_flops(config, GEOMETRIES[0])
+    attention = config.num_layers * attention_flops(config, GEOMETRIES[0])
     assert full - keep == attention
     assert attention < full - none < forward
 
@@ -122,7 +123,7 @@ def test_flops_at_full_size_by_three_independent_ways() -> None:
     """torch's count, a plan's trace, and the family's formula. 1.47e15 forward at 129 frames of 480x720."""
     config, geometry, lora = FAMILY.published_config("zai-org/CogVideoX-5b"), Geometry(129, 480, 720, 8), lora_of(64)
     forward, backward = step_flops(FAMILY, config, lora, geometry)
-    closed = FAMILY.forward_flops(config, geometry) + FAMILY.lora_forward_flops(config, geometry, 64, LORA_TARGETS)
+    closed = forward_flops(config, geometry) + lora_forward_flops(config, geometry, 64, LORA_TARGETS)
     assert forward == closed
     assert traced(config, lora, geometry, Recompute.none) == (forward, backward)
     full, keep = (sum(traced(config, lora, geometry, policy)) for policy in (Recompute.full, Recompute.keep_attention))
@@ -187,9 +188,9 @@ def test_memory_of_a_trace_is_that_of_the_same_step_on_real_tensors(recompute: R
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with CostCounter() as meter:
-        latents_BTCHW, told_B, text_BLC = empty_inputs(FAMILY, config, geometry)
+        latents_BTCHW, told_B, conditions = empty_inputs(FAMILY, config, geometry)
         target_BTCHW = torch.randn_like(latents_BTCHW)
-        prediction_BTCHW = network(latents_BTCHW.normal_(), told_B, text_BLC.normal_())
+        prediction_BTCHW = network(latents_BTCHW.normal_(), told_B, conditions["text_BLC"].normal_())
         loss = (prediction_BTCHW.float() - target_BTCHW.float()).square().mean(dim=(2, 3, 4)).mean()
         del prediction_BTCHW
         kept_bytes = meter.live_bytes

@@ -5,11 +5,11 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 
-from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
+from exvideo_train.extensions.adapter_file import write_adapter
 from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_parameters, lora_state
 from exvideo_train.geometry import Geometry
-from exvideo_train.models.cogvideox.sampler import SamplerSettings
 from exvideo_train.models.registry import load_backbone
+from exvideo_train.models.stages import SamplerSettings
 from exvideo_train.sampling.pipeline import WITH_ADAPTER, WITHOUT_ADAPTER, Sampling, sample_videos
 
 PROMPT = "a rabbit wakes"
@@ -66,7 +66,7 @@ def assert_frames_close(ours, reference):
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
 def test_129_frames_with_and_without_adapter(tiny_model_5b, adapter_path, scheduler):
     geometry, settings = Geometry(129, 64, 96, 8), SamplerSettings(scheduler, 3, 7.0, seed=6)
-    frames = our_frames(tiny_model_5b, geometry, settings, adapter=read_adapter(adapter_path), compare=True)
+    frames = our_frames(tiny_model_5b, geometry, settings, adapter=LoraExtension.read(adapter_path), compare=True)
     assert_frames_close(frames[WITHOUT_ADAPTER], reference_frames(tiny_model_5b, geometry, settings))
     assert_frames_close(frames[WITH_ADAPTER], reference_frames(tiny_model_5b, geometry, settings, adapter_path))
     assert np.abs(frames[WITH_ADAPTER].astype(float) - frames[WITHOUT_ADAPTER]).max() > 3

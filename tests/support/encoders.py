@@ -14,6 +14,7 @@ from exvideo_train.latents.ray_engine import EncodeActor
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import Quarantine
 from exvideo_train.latents.work import Heartbeat, WorkList
+from exvideo_train.models.cogvideox.family import GRID
 
 BROKEN_DEVICE = "cuda:1"
 UNSTARTABLE_DEVICE = "cuda:2"
@@ -56,24 +57,23 @@ class ObedientClipEncoder:
         self._settings = settings
         self.caption = ""
 
-    def text(self, caption: str) -> torch.Tensor:
+    def caption_tensors(self, caption: str) -> dict[str, torch.Tensor]:
         with open(self._settings.store_path / "reports" / "encoded_captions", "a") as notes:
             notes.write(f"{caption}\n")
         time.sleep(0.3)
-        return torch.full((5, 6), float(len(caption)))
+        return {"text": torch.full((5, 6), float(len(caption)))}
 
     def num_tokens_cut(self, caption: str) -> int:
         return 0
 
-    def moments(self, frames_FHWC: torch.Tensor) -> torch.Tensor:
+    def frame_tensors(self, frames_FHWC: torch.Tensor, fps: float) -> dict[str, torch.Tensor]:
         died = self._settings.store_path / "reports" / f"died_{self.caption}"
         if self.caption == "dies" or (self.caption == "dies once" and not died.exists()):
             died.touch()
             os._exit(3)
         while self.caption == "hangs":
             time.sleep(1)
-        geometry = self._settings.geometry
-        return torch.zeros(4, geometry.num_latent_frames, geometry.latent_height, geometry.latent_width)
+        return {"moments": torch.zeros(4, *GRID.shape_THW(self._settings.geometry))}
 
 
 class ObedientActor(EncodeActor):

@@ -62,7 +62,7 @@ def main() -> None:
     model.train()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    engine = engine_module.TrainingEngine(model, lora_parameters(model), config, mesh)
+    engine = engine_module.TrainingEngine(model, lora_parameters(model), config, mesh, "lora")
     latents_BTCHW, text_BLC, timesteps_B = torch.randn(1, 3, 16, 4, 4), torch.randn(1, 4, 16), torch.tensor([5])
     forward_peak = backward_peak = 0
     with CostCounter() as meter:

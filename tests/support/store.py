@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.fingerprint import model_fingerprint, read_scaling_factor
+from exvideo_train.latents.fingerprint import model_fingerprint
 from exvideo_train.latents.store import LatentStore
+from exvideo_train.models.cogvideox.encoding import read_normalisation
+from exvideo_train.models.cogvideox.family import GRID
 
 SHORT = Geometry(17, 64, 96, 8.0)
 BASE = Geometry(49, 64, 96, 8.0)
@@ -35,14 +37,14 @@ def write_store(
         nan_clips: ids whose latents hold a NaN, as a faulty encoder might have written them.
     """
     config = json.loads((model / "transformer" / "config.json").read_text())
-    store = LatentStore.create(folder, read_scaling_factor(model))
+    store = LatentStore.create(folder, read_normalisation(model))
     generator = torch.Generator().manual_seed(0)
     length, channels = config["max_text_seq_length"], config["text_embed_dim"]
     entries = []
     for geometry, ids in clips.items():
         store.add_geometry(model_fingerprint(model, geometry, vae_dtype="bf16", text_dtype="bf16", tiling=False))
         for clip_id in ids:
-            shape = (geometry.num_latent_frames, geometry.latent_height, geometry.latent_width)
+            shape = GRID.shape_THW(geometry)
             mean = torch.randn(config["in_channels"], *shape, generator=generator)
             if clip_id in nan_clips:
                 mean[0, 0, 0, 0] = torch.nan
@@ -51,11 +53,13 @@ def write_store(
                 store.write_clip(
                     clip_id,
                     geometry,
-                    moments_CTHW=torch.cat([mean, log_variance]).bfloat16(),
-                    text_LC=torch.randn(length, channels, generator=generator).bfloat16(),
+                    {
+                        "moments": torch.cat([mean, log_variance]).bfloat16(),
+                        "text": torch.randn(length, channels, generator=generator).bfloat16(),
+                    },
                     caption=f"clip {clip_id}",
                 )
             )
-    store.write_empty_prompt(torch.randn(length, channels, generator=generator).bfloat16())
+    store.write_empty_prompt({"text": torch.randn(length, channels, generator=generator).bfloat16()})
     store.write_index(entries)
     return store

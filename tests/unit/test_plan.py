@@ -171,7 +171,7 @@ def test_an_unknown_device_has_no_peak() -> None:
         (["gpus=6", "parallel.sequence=4"], "parallel.sequence=4"),
         (["memory.zero_stage=4"], "memory.zero_stage=4"),
         (["model.path=nobody/nothing"], "model.path=nobody/nothing"),
-        (["lora.targets=[proj_out]"], "lora.targets"),
+        (["lora.targets=[no_such_linear]"], "lora.targets"),
         (["num_frames=130"], "num_frames=130"),
         (["price=-1"], "price=-1"),
     ],

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from exvideo_train.errors import UserError
-from exvideo_train.geometry import FRAME_CHUNK, SPATIAL_COMPRESSION
+from exvideo_train.geometry import Geometry
 from exvideo_train.models.cogvideox.encoder_weights import load_text_encoder, load_tokenizer, load_vae
+from exvideo_train.models.cogvideox.encoding import read_normalisation
+from exvideo_train.models.cogvideox.family import GRID
 
 
 class TextEncoder:
@@ -36,6 +38,11 @@ class TextEncoder:
         self._model: Any = load_text_encoder(model_path / "text_encoder", dtype)
         self._tokenizer = load_tokenizer(model_path / "tokenizer", self._model.config.vocab_size)
         self._model.requires_grad_(False).eval().to(self.device)
+
+    def tensors(self, caption: str) -> dict[str, Tensor]:
+        """``text`` (L, C) of a caption."""
+        # One at a time: a caption's last bits must not depend on what it shares a batch with.
+        return {"text": self.encode([caption])[0]}
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> Tensor:
@@ -80,9 +87,17 @@ class VideoEncoder:
         self.dtype = dtype
         self._vae: Any = load_vae(model_path / "vae", dtype)
         self._vae.requires_grad_(False).eval().to(self.device)
-        self.scaling_factor = float(self._vae.config.scaling_factor)
+        self.normalisation = read_normalisation(model_path)
         if tiling:
             self._vae.enable_tiling()
+
+    def tensors(self, frames_FHWC: Tensor, fps: float) -> dict[str, Tensor]:
+        """``moments`` (2C, T, H, W); the rate does not matter."""
+        return {"moments": self.encode(frames_FHWC)}
+
+    def image_tensors(self, image_HWC: Tensor, geometry: Geometry) -> dict[str, Tensor]:
+        """Never called: CogVideoX makes videos from text alone."""
+        raise NotImplementedError
 
     @torch.inference_mode()
     def encode(self, frames_FHWC: Tensor) -> Tensor:
@@ -95,12 +110,12 @@ class VideoEncoder:
             (2C, T, H, W), mean then log-variance, on the encoder's device and in its dtype.
         """
         num_frames = frames_FHWC.shape[0]
-        if num_frames % FRAME_CHUNK != 1:
+        if num_frames % GRID.frame_step != 1:
             raise UserError(f"num_frames={num_frames}: the VAE needs 8k+1 frames, e.g. 49, 81 or 129")
         video_CFHW = frames_FHWC.to(self.device).permute(3, 0, 1, 2).float() / 127.5 - 1.0
         distribution = self._vae.encode(video_CFHW[None].to(self.dtype)).latent_dist
         moments_CTHW: Tensor = distribution.parameters[0]
-        expected = tuple(pixels // SPATIAL_COMPRESSION for pixels in frames_FHWC.shape[1:3])
+        expected = tuple(pixels // GRID.pixels_per_latent for pixels in frames_FHWC.shape[1:3])
         if moments_CTHW.shape[2:] != expected:
             # diffusers rounds tile borders to whole pixels; of odd tile sizes the pieces do not add up.
             raise UserError(
@@ -120,7 +135,7 @@ class VideoEncoder:
         Returns:
             uint8 RGB (F, H, W, C) on the CPU, with F = 4 (T - 1) + 1; black where they were not finite.
         """
-        latents_CTHW = latents_TCHW.to(self.device, self.dtype).transpose(0, 1) / self.scaling_factor
+        latents_CTHW = self.normalisation.undo(latents_TCHW.to(self.device, self.dtype).transpose(0, 1))
         video_CFHW = self._decode_whole(latents_CTHW)
         if video_CFHW is None:
             # Hours of sampling may be in these latents: tiles change the picture by little and fit.

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from exvideo_train.config.experiment import LORA_TARGETS
-from exvideo_train.models.cogvideox import costs, objective, published, weights
-from exvideo_train.models.cogvideox.network import CogVideoXBlock, CogVideoXConfig, CogVideoXDiT
-from exvideo_train.models.family import BackboneFamily
+from exvideo_train.models.cogvideox import encoding, objective, published, weights
+from exvideo_train.models.cogvideox.names import DIFFSYNTH_NAMES
+from exvideo_train.models.cogvideox.network import CogVideoXConfig, CogVideoXDiT
+from exvideo_train.models.family import Family, Later
+from exvideo_train.models.grid import LatentGrid
 
-
-def _text_length(config: CogVideoXConfig) -> int:
-    return config.max_text_seq_length
-
-
-def _sample_channels(config: CogVideoXConfig) -> tuple[int, int]:
-    return config.out_channels, config.text_embed_dim
-
-
-def _num_base_frames(config: CogVideoXConfig) -> int:
-    return config.sample_frames
+# The 3D VAE (vae/config.json): the first frame alone, then 4 frames a latent, 8x8 pixels a latent; it encodes in chunks
+# of 8 frames, the first of 9, with a causal cache, and other lengths give poor latents. The DiT's patches are 2x2.
+GRID = LatentGrid(frame_step=8, min_frames=1, frames_per_latent=4, pixels_per_latent=8, pixels_per_patch=16)
 
 
 def _published_config(hub_id: str) -> CogVideoXConfig | None:
@@ -25,26 +18,48 @@ def _published_config(hub_id: str) -> CogVideoXConfig | None:
     return None if fields is None else weights.config_from_fields(fields, hub_id)
 
 
-COGVIDEOX: BackboneFamily[CogVideoXConfig] = BackboneFamily(
+def _latent_channels(config: CogVideoXConfig) -> int:
+    return config.in_channels
+
+
+def _num_base_frames(config: CogVideoXConfig) -> int:
+    return config.sample_frames
+
+
+def _text_length(config: CogVideoXConfig) -> int:
+    return config.max_text_seq_length
+
+
+def _stored_channels(config: CogVideoXConfig) -> dict[str, int]:
+    return {"moments": 2 * config.out_channels, "text": config.text_embed_dim}
+
+
+COGVIDEOX: Family[CogVideoXConfig] = Family(
     name="cogvideox",
     class_name=weights.CLASS_NAME,
     subfolder="transformer",
-    model_class=CogVideoXDiT,
-    block_class=CogVideoXBlock,
+    vae_class_name="AutoencoderKLCogVideoX",
+    training_parts=("transformer", "scheduler"),
+    encoder_parts=("vae", "text_encoder", "tokenizer"),
+    grid=GRID,
     build=CogVideoXDiT,
     read_config=weights.read_config,
     load=weights.load,
     published_config=_published_config,
-    default_lora_targets=tuple(LORA_TARGETS),
-    noise_levels=objective.noise_levels,
-    text_length=_text_length,
-    sample_channels=_sample_channels,
+    latent_channels=_latent_channels,
     num_base_frames=_num_base_frames,
-    num_tokens=costs.num_tokens,
-    num_parameters=costs.num_parameters,
-    num_lora_parameters=costs.num_lora_parameters,
-    attention_flops=costs.attention_flops,
-    block_forward_flops=costs.block_forward_flops,
-    forward_flops=costs.forward_flops,
-    lora_forward_flops=costs.lora_forward_flops,
+    noise_levels=objective.noise_levels,
+    extension=Later("exvideo_train.extensions.lora:LoraExtension"),
+    diffsynth_names=DIFFSYNTH_NAMES,
+    latents_name="moments",
+    stored=encoding.stored,
+    stored_channels=_stored_channels,
+    conditions=encoding.conditions,
+    text_length=_text_length,
+    read_text_length=encoding.read_text_length,
+    read_normalisation=encoding.read_normalisation,
+    read_stored_channels=encoding.read_stored_channels,
+    text_encoder=Later("exvideo_train.models.cogvideox.encoders:TextEncoder"),
+    video_encoder=Later("exvideo_train.models.cogvideox.encoders:VideoEncoder"),
+    draw=Later("exvideo_train.models.cogvideox.sampler:draw"),
 )

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,48 +19,22 @@ from tqdm import tqdm
 from exvideo_train.errors import UserError
 from exvideo_train.files import short
 from exvideo_train.geometry import Geometry
+from exvideo_train.models.cogvideox.family import GRID
 from exvideo_train.models.cogvideox.objective import read_scheduler_config
+from exvideo_train.models.stages import SamplerSettings
 
 SCHEDULERS: dict[str, Any] = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How videos are drawn.
-
-    Args:
-        scheduler: ``ddim``, or ``dpm`` (SDE-DPM-Solver++, which draws noise at every step).
-        num_inference_steps: denoising steps.
-        guidance_scale: constant classifier-free guidance; 1 or less turns it off and halves the work.
-        seed: of the noise; every video starts anew from it.
-        batched_guidance: predict with and without prompt in one call of the backbone, or one after the other, which
-            takes less memory.
-
-    Raises:
-        UserError: a value that no sampler takes.
-    """
-
-    scheduler: str
-    num_inference_steps: int
-    guidance_scale: float
-    seed: int
-    batched_guidance: bool = True
-
-    def __post_init__(self) -> None:
-        if self.scheduler not in SCHEDULERS:
-            raise UserError(f"scheduler={self.scheduler}: unknown; use one of {', '.join(SCHEDULERS)}")
-        if self.num_inference_steps < 1:
-            raise UserError(f"num_inference_steps={self.num_inference_steps}: must be positive; 50 to 100 are usual")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed={self.seed}: must be between 0 and 2**63 - 1")
 
 
 def load_scheduler(model_path: Path, settings: SamplerSettings) -> Any:
     """The sampler on the model's own schedule, with trailing timesteps (arXiv 2305.08891), its steps set.
 
     Raises:
-        UserError: the model's file is missing or broken, or has fewer timesteps than steps are asked for.
+        UserError: an unknown sampler; the model's file is missing or broken, or has fewer timesteps than steps asked
+            for.
     """
+    if settings.scheduler not in SCHEDULERS:
+        raise UserError(f"scheduler={settings.scheduler}: unknown; use one of {', '.join(SCHEDULERS)}")
     path = model_path / "scheduler" / "scheduler_config.json"
     scheduler_class = SCHEDULERS[settings.scheduler]
     known = inspect.signature(scheduler_class.__init__).parameters
@@ -82,37 +55,29 @@ def load_scheduler(model_path: Path, settings: SamplerSettings) -> Any:
 
 
 @torch.no_grad()
-def denoise(
-    backbone: nn.Module,
+def draw(
+    network: nn.Module,
     model_path: Path,
     geometry: Geometry,
-    text_1LC: Tensor,
-    empty_text_1LC: Tensor,
+    conditions: Mapping[str, Tensor],
+    unconditional: Mapping[str, Tensor],
     settings: SamplerSettings,
     label: str = "denoising",
 ) -> Tensor:
-    """Draw the latents of one video.
+    """Draw the latents of one video: a :class:`~exvideo_train.models.stages.Draw`.
 
     All noise comes from one CPU generator, in the order and dtype in which diffusers' CogVideoXPipeline draws it: the
-    same seed gives the same video there, and on every device.
-
-    Args:
-        backbone: (latents_BTCHW, told_B, text_BLC) -> velocity_BTCHW, in ``text_1LC``'s dtype.
-        text_1LC, empty_text_1LC: embeddings of the prompt and of the empty prompt, on the backbone's device.
-        label: of the progress bar.
-
-    Returns:
-        latents_1TCHW, scaled as the backbone sees them, in ``text_1LC``'s dtype.
+    same seed gives the same video there, and on every device. Latents are in the dtype of ``text_BLC``.
     """
     scheduler = load_scheduler(model_path, settings)
     generator = torch.Generator().manual_seed(settings.seed)
-    num_channels = cast(int, backbone.config.in_channels)  # type: ignore[union-attr]
-    shape = (1, geometry.num_latent_frames, num_channels, geometry.latent_height, geometry.latent_width)
-    dtype, device = text_1LC.dtype, text_1LC.device
+    frames, rows, columns = GRID.shape_THW(geometry)
+    shape = (1, frames, cast(int, network.config.in_channels), rows, columns)  # type: ignore[union-attr]
+    dtype, device = conditions["text_BLC"].dtype, conditions["text_BLC"].device
     latents_1TCHW = torch.randn(shape, generator=generator, dtype=dtype).to(device) * scheduler.init_noise_sigma
     previous_timestep, previous_x0 = None, None
     for timestep in _progress(scheduler.timesteps.tolist(), label):
-        velocity_1TCHW = _guided_velocity(backbone, latents_1TCHW, text_1LC, empty_text_1LC, timestep, settings)
+        velocity_1TCHW = _guided_velocity(network, latents_1TCHW, conditions, unconditional, timestep, settings)
         if settings.scheduler == "dpm":
             latents_1TCHW, previous_x0 = scheduler.step(
                 velocity_1TCHW,
@@ -131,24 +96,23 @@ def denoise(
 
 
 def _guided_velocity(
-    backbone: nn.Module,
+    network: nn.Module,
     latents_1TCHW: Tensor,
-    text_1LC: Tensor,
-    empty_text_1LC: Tensor,
+    conditions: Mapping[str, Tensor],
+    unconditional: Mapping[str, Tensor],
     timestep: int,
     settings: SamplerSettings,
 ) -> Tensor:
     """``empty + scale * (prompt - empty)`` in float32."""
     timesteps_1 = torch.full((1,), timestep, device=latents_1TCHW.device, dtype=torch.int64)
     if settings.guidance_scale <= 1.0:
-        return cast(Tensor, backbone(latents_1TCHW, timesteps_1, text_1LC)).float()
+        return cast(Tensor, network(latents_1TCHW, timesteps_1, **conditions)).float()
     if settings.batched_guidance:
-        text_2LC = torch.cat([empty_text_1LC, text_1LC])
-        both = backbone(latents_1TCHW.repeat(2, 1, 1, 1, 1), timesteps_1.repeat(2), text_2LC).float()
-        empty, prompt = both.chunk(2)
+        both = {name: torch.cat([unconditional[name], value]) for name, value in conditions.items()}
+        empty, prompt = network(latents_1TCHW.repeat(2, 1, 1, 1, 1), timesteps_1.repeat(2), **both).float().chunk(2)
     else:
-        empty = backbone(latents_1TCHW, timesteps_1, empty_text_1LC).float()
-        prompt = backbone(latents_1TCHW, timesteps_1, text_1LC).float()
+        empty = network(latents_1TCHW, timesteps_1, **unconditional).float()
+        prompt = network(latents_1TCHW, timesteps_1, **conditions).float()
     return cast(Tensor, empty + settings.guidance_scale * (prompt - empty))
 
 

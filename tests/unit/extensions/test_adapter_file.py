@@ -24,7 +24,7 @@ TARGETS = (
     "norm1.linear",
     "norm2.linear",
 )
-PROVENANCE = make_provenance("zai-org/CogVideoX-5b", Geometry(129, 480, 720, 8), steps=4000, weights="raw")
+PROVENANCE = make_provenance("zai-org/CogVideoX-5b", "cogvideox", Geometry(129, 480, 720, 8), steps=4000, weights="raw")
 
 
 def make_tensors(num_blocks=2, rank=3):

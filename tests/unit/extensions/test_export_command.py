@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from exvideo_train.config.commands import Export, Train, Weights
 from exvideo_train.errors import UserError
-from exvideo_train.export import export, find_adapter
+from exvideo_train.export import export, find_trained
 from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
 from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.geometry import Geometry
@@ -29,7 +29,7 @@ def value_of(adapter):
 
 
 def write_final(run_dir, step, value, name="adapter.safetensors"):
-    provenance = make_provenance("base/model", Geometry(129, 64, 96, 8), steps=step)
+    provenance = make_provenance("base/model", "cogvideox", Geometry(129, 64, 96, 8), steps=step)
     write_adapter(run_dir / name, "diffusers", tensors_of(value), 2, 3.0, TARGETS, provenance)
 
 
@@ -50,16 +50,16 @@ def run_dir(tmp_path):
 def test_the_finished_run_before_its_checkpoints(run_dir):
     write_step(run_dir, 10, 1.0)
     write_final(run_dir, 10, 2.0)
-    adapter, source = find_adapter(run_dir, Weights.raw, None)
+    adapter, source = find_trained(run_dir, Weights.raw, None)
     assert (value_of(adapter), source.name) == (2.0, "adapter.safetensors")
 
 
 def test_a_run_that_went_on_before_its_old_adapter(run_dir):
     write_final(run_dir, 10, 2.0)
     write_step(run_dir, 15, 3.0)
-    adapter, source = find_adapter(run_dir, Weights.raw, None)
+    adapter, source = find_trained(run_dir, Weights.raw, None)
     assert (value_of(adapter), source.name) == (3.0, "step_00000015")
-    assert adapter.alpha == 3.0
+    assert adapter.extension.alpha == 3.0
     assert adapter.provenance["steps"] == 15
     assert adapter.provenance["num_frames"] == 129
 
@@ -68,37 +68,37 @@ def test_a_named_step(run_dir):
     write_step(run_dir, 5, 1.0)
     write_step(run_dir, 10, 2.0)
     write_final(run_dir, 12, 3.0)
-    assert value_of(find_adapter(run_dir, Weights.raw, 5)[0]) == 1.0
-    assert value_of(find_adapter(run_dir, Weights.raw, 12)[0]) == 3.0
+    assert value_of(find_trained(run_dir, Weights.raw, 5)[0]) == 1.0
+    assert value_of(find_trained(run_dir, Weights.raw, 12)[0]) == 3.0
     with pytest.raises(UserError, match=r"step=7: .* 5, 10, 12"):
-        find_adapter(run_dir, Weights.raw, 7)
+        find_trained(run_dir, Weights.raw, 7)
 
 
 def test_moving_average(run_dir):
     write_step(run_dir, 5, 1.0, ema=4.0)
-    adapter, _ = find_adapter(run_dir, Weights.ema, None)
+    adapter, _ = find_trained(run_dir, Weights.ema, None)
     assert value_of(adapter) == 4.0
     assert adapter.provenance["weights"] == "ema"
     write_final(run_dir, 5, 5.0, "adapter_ema.safetensors")
-    assert value_of(find_adapter(run_dir, Weights.ema, None)[0]) == 5.0
+    assert value_of(find_trained(run_dir, Weights.ema, None)[0]) == 5.0
     write_step(run_dir, 6, 1.0)
     with pytest.raises(UserError, match="ema"):
-        find_adapter(run_dir, Weights.ema, None)
+        find_trained(run_dir, Weights.ema, None)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(run_dir, capsys):
     write_step(run_dir, 5, 1.0)
     write_step(run_dir, 10, 2.0)
     (step_folder(run_dir, 10) / "lora.safetensors").write_bytes(b"x")
-    assert value_of(find_adapter(run_dir, Weights.raw, None)[0]) == 1.0
+    assert value_of(find_trained(run_dir, Weights.raw, None)[0]) == 1.0
     assert "step_00000010" in capsys.readouterr().out
 
 
 def test_nothing_to_export(run_dir, tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
-        find_adapter(run_dir, Weights.raw, None)
+        find_trained(run_dir, Weights.raw, None)
     with pytest.raises(UserError, match=r"run_dir=.*nowhere"):
-        find_adapter(tmp_path / "nowhere", Weights.raw, None)
+        find_trained(tmp_path / "nowhere", Weights.raw, None)
 
 
 @pytest.mark.parametrize("format", ["diffusers", "diffsynth"])
@@ -140,4 +140,4 @@ def test_mistakes_end_in_one_line(run_dir, run_command, argument, message):
 
 def test_provenance_is_readable_json(run_dir):
     write_step(run_dir, 10, 2.0)
-    assert json.loads(json.dumps(find_adapter(run_dir, Weights.raw, None)[0].provenance))["base_model"]
+    assert json.loads(json.dumps(find_trained(run_dir, Weights.raw, None)[0].provenance))["base_model"]

@@ -10,10 +10,11 @@ from exvideo_train.clips.record import ClipRecord, make_clip_id
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.encode_worker import ClipEncoder, EncodeLoop, not_finite
-from exvideo_train.latents.fingerprint import model_fingerprint, read_scaling_factor
+from exvideo_train.latents.fingerprint import model_fingerprint
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.latents.work import WorkList
+from exvideo_train.models.cogvideox.encoding import read_normalisation
 
 GEOMETRY = Geometry(9, 32, 48, 25)
 
@@ -22,16 +23,15 @@ def test_captions_shared_by_clips_are_encoded_once(tiny_model_5b, clip_path, tmp
     fingerprint = model_fingerprint(
         tiny_model_5b, GEOMETRY, decoder="pyav", vae_dtype="fp32", text_dtype="fp32", tiling=False
     )
-    store = LatentStore.create(tmp_path / "store", read_scaling_factor(tiny_model_5b))
+    store = LatentStore.create(tmp_path / "store", read_normalisation(tiny_model_5b))
     store.add_geometry(fingerprint)
     settings = EncodeSettings(
         model_path=tiny_model_5b,
         store_path=store.path,
         fingerprint=fingerprint,
-        scaling_factor=store.scaling_factor,
+        normalisation=store.normalisation,
         dtype="fp32",
         tiling=False,
-        text_length=16,
         decode_workers=2,
         prefetch_clips=2,
         clip_timeout_seconds=120.0,
@@ -72,31 +72,31 @@ def test_captions_shared_by_clips_are_encoded_once(tiny_model_5b, clip_path, tmp
 )
 def test_too_little_memory_is_named_however_it_shows(error):
     with pytest.raises(UserError, match="set tiling=true"):
-        clip_encoder_that_raises(error).moments(torch.zeros(9, 32, 48, 3, dtype=torch.uint8))
+        clip_encoder_that_raises(error).frame_tensors(torch.zeros(9, 32, 48, 3, dtype=torch.uint8), 8.0)
 
 
 def test_other_errors_are_not_taken_for_too_little_memory():
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        clip_encoder_that_raises(RuntimeError("CUDA error: an illegal memory access")).moments(
-            torch.zeros(9, 32, 48, 3, dtype=torch.uint8)
+        clip_encoder_that_raises(RuntimeError("CUDA error: an illegal memory access")).frame_tensors(
+            torch.zeros(9, 32, 48, 3, dtype=torch.uint8), 8.0
         )
 
 
 def clip_encoder_that_raises(error):
-    def encode(frames_FHWC):
+    def encode(frames_FHWC, fps):
         raise error
 
     encoder = ClipEncoder.__new__(ClipEncoder)
-    encoder._video = SimpleNamespace(encode=encode)
+    encoder._video = SimpleNamespace(tensors=encode)
     return encoder
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_values_that_are_not_finite_are_a_failure_of_their_encoder(value):
     whole, broken = torch.zeros(2, 3), torch.tensor([0.0, value])
-    assert not_finite(whole, whole) is None
+    assert not_finite({"x": whole}, {"x": whole}) is None
     for moments, text, encoder in ((broken, whole, "the VAE"), (whole, broken, "the text encoder")):
-        failure = not_finite(moments, text)
+        failure = not_finite({"moments": moments}, {"text": text})
         assert failure is not None
         assert failure.reason == "not_finite"
         assert failure.detail.startswith(encoder)

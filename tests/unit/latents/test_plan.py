@@ -11,6 +11,7 @@ from exvideo_train.geometry import Geometry
 from exvideo_train.latents.plan import make_plan, take_from_index, write_index
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore
+from exvideo_train.models.normalisation import Normalisation
 
 from .conftest import fingerprint_of
 
@@ -25,12 +26,10 @@ def records(count):
 
 
 def write(store, record):
-    shape = (4, GEOMETRY.num_latent_frames, GEOMETRY.latent_height, GEOMETRY.latent_width)
     return store.write_clip(
         record.clip_id,
         GEOMETRY,
-        torch.zeros(shape),
-        torch.zeros((5, 6)),
+        {"moments": torch.zeros(4, 3, 4, 6), "text": torch.zeros(5, 6)},
         record.caption,
         sampling_fps=record.sampling_fps,
     )
@@ -45,10 +44,9 @@ def settings(tmp_path):
         model_path=tmp_path / "model",
         store_path=tmp_path / "store",
         fingerprint=fingerprint_of(GEOMETRY),
-        scaling_factor=0.7,
+        normalisation=Normalisation((0.7,)),
         dtype="fp32",
         tiling=False,
-        text_length=5,
         decode_workers=1,
         prefetch_clips=1,
         clip_timeout_seconds=1.0,
@@ -68,7 +66,7 @@ def encoded(settings):
     """Four clips in a store, the last at a rate of its own."""
     clips = records(4)
     clips[3] = replace(clips[3], sampling_fps=12.5)
-    store = LatentStore.create(settings.store_path, settings.scaling_factor)
+    store = LatentStore.create(settings.store_path, settings.normalisation)
     store.add_geometry(settings.fingerprint)
     store.write_index(write(store, record) for record in clips)
     return clips

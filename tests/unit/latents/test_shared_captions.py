@@ -13,11 +13,11 @@ def test_each_caption_is_encoded_once_however_many_ask(tmp_path):
 
     def encode(caption):
         encoded.append(caption)
-        return torch.full((3, 2), float(len(caption)), dtype=torch.bfloat16).T
+        return {"text": torch.full((3, 2), float(len(caption)), dtype=torch.bfloat16).T}
 
     def ask():
         captions = SharedCaptions(tmp_path / "captions")
-        read.extend((caption, captions.text(caption, encode)) for caption in ("a cat", "no dog", "a cat"))
+        read.extend((caption, captions.tensors(caption, encode)) for caption in ("a cat", "no dog", "a cat"))
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
@@ -26,8 +26,8 @@ def test_each_caption_is_encoded_once_however_many_ask(tmp_path):
         thread.join()
     assert sorted(encoded) == ["a cat", "no dog"]
     assert len(read) == 24
-    for caption, text_LC in read:
-        assert torch.equal(text_LC, torch.full((2, 3), float(len(caption)), dtype=torch.bfloat16))
+    for caption, tensors in read:
+        assert torch.equal(tensors["text"], torch.full((2, 3), float(len(caption)), dtype=torch.bfloat16))
 
 
 def test_an_encoder_that_dies_with_its_claim_costs_only_time(tmp_path):
@@ -37,6 +37,6 @@ def test_an_encoder_that_dies_with_its_claim_costs_only_time(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        captions.text("a cat", die)
-    assert torch.equal(captions.text("a cat", lambda caption: torch.ones(2, 2)), torch.ones(2, 2))
-    assert torch.equal(captions.text("a cat", die), torch.ones(2, 2))
+        captions.tensors("a cat", die)
+    assert torch.equal(captions.tensors("a cat", lambda caption: {"text": torch.ones(2, 2)})["text"], torch.ones(2, 2))
+    assert torch.equal(captions.tensors("a cat", die)["text"], torch.ones(2, 2))

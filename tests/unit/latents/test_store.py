@@ -10,8 +10,10 @@ import torch
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import CorruptLatent, MissingLatent
-from exvideo_train.latents.fingerprint import Fingerprint, component_digest, model_fingerprint, read_scaling_factor
+from exvideo_train.latents.fingerprint import Fingerprint, component_digest, model_fingerprint
 from exvideo_train.latents.store import LatentStore
+from exvideo_train.models.cogvideox.encoding import read_normalisation
+from exvideo_train.models.normalisation import Normalisation
 from tests.unit.latents.conftest import GEOMETRY, fill, fingerprint_of
 
 
@@ -21,11 +23,11 @@ def test_round_trip(store):
     assert len(ids) == 12
     assert ids == sorted(opened.clip_ids_on_disk(GEOMETRY))
     clip = opened.read(ids[0], GEOMETRY)
-    assert clip.moments_CTHW.shape == (4, 3, 4, 6)
-    assert clip.text_LC.shape == (5, 6)
+    assert clip.tensors["moments"].shape == (4, 3, 4, 6)
+    assert clip.tensors["text"].shape == (5, 6)
     assert clip.caption.startswith("caption")
-    assert opened.scaling_factor == 0.7
-    assert torch.equal(opened.empty_prompt(), torch.full((5, 6), 0.5))
+    assert opened.normalisation == Normalisation((0.7,))
+    assert torch.equal(opened.empty_prompt()["text"], torch.full((5, 6), 0.5))
     entries = opened.read_index()
     for clip_id in ids:
         assert opened.read_entry(clip_id, GEOMETRY) == entries[GEOMETRY.name, clip_id]
@@ -43,7 +45,8 @@ import sys, torch
 from pathlib import Path
 from tests.unit.latents.conftest import fingerprint_of, fill, GEOMETRY
 from exvideo_train.latents.store import LatentStore
-store = LatentStore.create(Path(sys.argv[1]), 0.7)
+from exvideo_train.models.normalisation import Normalisation
+store = LatentStore.create(Path(sys.argv[1]), Normalisation((0.7,)))
 store.add_geometry(fingerprint_of())
 fill(store, GEOMETRY, 3)
 """
@@ -162,5 +165,6 @@ def test_component_digest_follows_content(tmp_path, monkeypatch):
 def test_fingerprint_of_a_real_model(tiny_model_5b):
     fingerprint = model_fingerprint(tiny_model_5b, GEOMETRY, tiling=False)
     assert fingerprint.text_length == 16
-    assert all((fingerprint.vae_sha256, fingerprint.text_encoder_sha256, fingerprint.tokenizer_sha256))
-    assert read_scaling_factor(tiny_model_5b) == 0.7
+    assert list(fingerprint.sha256) == ["vae", "text_encoder", "tokenizer"]
+    assert all(fingerprint.sha256.values())
+    assert read_normalisation(tiny_model_5b) == Normalisation((0.7,))

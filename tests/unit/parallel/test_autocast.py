@@ -28,7 +28,7 @@ backbone = load_backbone(Path(sys.argv[1]), torch.bfloat16)
 apply_lora(backbone, LoraExtension(4, 4.0, tuple(config.lora.targets)), seed=0)
 backbone.train()
 parallelize(backbone, config.memory, mesh, torch.bfloat16, has_dropout=False)
-engine = TrainingEngine(backbone, lora_parameters(backbone), config, mesh)
+engine = TrainingEngine(backbone, lora_parameters(backbone), config, mesh, "lora")
 seen = set()
 layer = backbone.blocks[0].attn1.to_q.lora_A["default"]
 layer.register_forward_hook(lambda module, inputs, output: seen.add((inputs[0].dtype, output.dtype)))

@@ -40,7 +40,7 @@ def write_tiny_adapter(path, model_path, num_frames=9):
         for name, parameter in lora_parameters(model).items():
             if "lora_B" in name:
                 parameter.fill_(0.3)
-    provenance = make_provenance("tiny", Geometry(num_frames, 64, 96, 8), steps=7)
+    provenance = make_provenance("tiny", "cogvideox", Geometry(num_frames, 64, 96, 8), steps=7)
     write_adapter(path, "diffsynth", lora_state(model), 2, 4.0, ["attn1.to_v"], provenance)
 
 

@@ -85,7 +85,7 @@ def test_posterior_sample_is_that_of_diffusers():
 
 def test_caption_dropout_takes_the_empty_prompt(store):
     dataset = dataset_of(store, caption_dropout=0.5)
-    dropped = [torch.equal(dataset[p].conditions["text_BLC"], store.empty_prompt()) for p in range(100)]
+    dropped = [torch.equal(dataset[p].conditions["text_BLC"], store.empty_prompt()["text"]) for p in range(100)]
     assert 30 < sum(dropped) < 70
     assert all(dataset_of(store, caption_dropout=1.0)[p].conditions["text_BLC"].eq(0.5).all() for p in range(5))
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from exvideo_train.models.cogvideox.family import COGVIDEOX
+from exvideo_train.config.experiment import LORA_TARGETS
 from exvideo_train.models.cogvideox.network import CogVideoXDiT
 from exvideo_train.models.registry import load_backbone
 
@@ -37,7 +37,7 @@ def _load(folder: Path, dtype: torch.dtype = torch.float32) -> CogVideoXDiT:
 @pytest.mark.parametrize("weights_dtype", [torch.bfloat16, torch.float32])
 def test_stream_stays_bf16_under_autocast_with_an_fp32_lora(pristine_5b: Path, weights_dtype: torch.dtype) -> None:
     model = _load(pristine_5b, weights_dtype)
-    settings = LoraConfig(r=4, target_modules=list(COGVIDEOX.default_lora_targets), init_lora_weights=False)
+    settings = LoraConfig(r=4, target_modules=list(LORA_TARGETS), init_lora_weights=False)
     adapted = get_peft_model(model, settings, autocast_adapter_dtype=True)
     seen: list[torch.dtype] = []
     attended: list[torch.dtype] = []

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from exvideo_train.geometry import Geometry
+from exvideo_train.models.cogvideox.family import GRID
 from exvideo_train.models.cogvideox.network import FEED_FORWARD_EXPANSION, CogVideoXConfig, CogVideoXDiT
 
 NUM_MODULATIONS = 6
@@ -46,8 +47,7 @@ def block_linears(config: CogVideoXConfig) -> dict[str, LinearSize]:
 
 def num_video_tokens(config: CogVideoXConfig, geometry: Geometry) -> int:
     """Patches of one sample's latents."""
-    rows, columns = geometry.latent_height // config.patch_size, geometry.latent_width // config.patch_size
-    return geometry.num_latent_frames * rows * columns
+    return GRID.num_tokens(geometry)
 
 
 def num_tokens(config: CogVideoXConfig, geometry: Geometry) -> int:

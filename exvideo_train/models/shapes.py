@@ -1,0 +1,41 @@
+"""Shapes of what a family stores and what its network is called with, from the config alone.
+
+Axis letters: B batch, T latent frames, C channel, H height, W width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from exvideo_train.geometry import Geometry
+from exvideo_train.models.family import Family
+
+
+class InputShapes(NamedTuple):
+    """Of a batch: (B, T, C, H, W), and of each condition."""
+
+    latents: tuple[int, ...]
+    conditions: dict[str, tuple[int, ...]]
+
+
+def stored_shapes(family: Family[Any], config: Any, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that are stored of a clip."""
+    channels = family.stored_channels(config)
+    stored = family.stored(family.grid.shape_THW(geometry), family.text_length(config))
+    return {
+        name: tuple(channels[name] if axis is None else axis for axis in tensor.shape)
+        for name, tensor in stored.items()
+    }
+
+
+def input_shapes(family: Family[Any], config: Any, geometry: Geometry, batch_size: int) -> InputShapes:
+    """Of what the network is called with."""
+    frames, rows, columns = family.grid.shape_THW(geometry)
+    stored = {n: torch.empty(s, device="meta") for n, s in stored_shapes(family, config, geometry).items()}
+    conditions = family.conditions(stored, stored, False)
+    return InputShapes(
+        (batch_size, frames, family.latent_channels(config), rows, columns),
+        {name: (batch_size, *tensor.shape) for name, tensor in conditions.items()},
+    )
