@@ -18,7 +18,7 @@ from exvideo_train.clips.journal import Journal, file_stamp
 from exvideo_train.clips.quality import ClipMeasures, bars_in_crop, measure_clip
 from exvideo_train.clips.record import ClipRecord, read_manifest
 from exvideo_train.clips.timing import TIME_TOLERANCE_SECONDS
-from exvideo_train.clips.workers import Failed, parallel_map
+from exvideo_train.clips.workers import Failure, parallel_map
 from exvideo_train.config.clips import FilterThresholds
 from exvideo_train.geometry import Geometry
 
@@ -102,7 +102,7 @@ def judge_clips(manifest: Path, journal_file: Path, options: FilterOptions) -> I
         for task, result in bar:
             record, reasons, key, stamp, finding = waiting.popleft()
             if task is not None:
-                if isinstance(result, Failed):
+                if isinstance(result, Failure):
                     finding = _Finding(reason=result.reason, detail=result.detail)
                 else:
                     assert result is not None

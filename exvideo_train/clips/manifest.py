@@ -26,7 +26,7 @@ from exvideo_train.clips.record import ClipRecord, parse_record
 from exvideo_train.clips.sorting import merge_runs, write_run
 from exvideo_train.clips.sources.base import KEPT_REASONS, Dropped, RawRows, Source
 from exvideo_train.clips.target import dropped_path, failed_path, working_folder
-from exvideo_train.clips.workers import Failed, parallel_map
+from exvideo_train.clips.workers import Failure, parallel_map
 from exvideo_train.errors import UserError
 from exvideo_train.files import publish
 
@@ -153,7 +153,7 @@ def _write_runs(source: Source, runs: Path, options: BuildOptions) -> int:
             parse, pieces, options.num_workers, _PARSE_TIMEOUT_SECONDS, tasks_per_worker=10**9, ahead_per_worker=2
         )
         for (_, piece), found in results:
-            if isinstance(found, Failed):
+            if isinstance(found, Failure):
                 raise UserError(f"{piece.where}: reading it failed: {found.detail}")
             num_clips += found
             bar.update(piece.progress)
@@ -238,24 +238,24 @@ def _probed(
     for texts, found in probe_videos(groups, journal_path, options.num_workers, options.timeout_seconds):
         for text in texts:
             record = parse_record(text, Path("/"), 0)
-            result = found if isinstance(found, Failed) else _with_info(record, found, may_be_cut and len(texts) == 1)
-            if isinstance(result, Failed):
+            result = found if isinstance(found, Failure) else _with_info(record, found, may_be_cut and len(texts) == 1)
+            if isinstance(result, Failure):
                 report.dropped[result.reason] += 1
                 late.write(_drop_line(_dropped(record, result.reason, result.detail)))
             else:
                 yield record.video, result.to_json() + "\n"
 
 
-def _with_info(record: ClipRecord, info: VideoInfo, may_be_cut: bool) -> ClipRecord | Failed:
+def _with_info(record: ClipRecord, info: VideoInfo, may_be_cut: bool) -> ClipRecord | Failure:
     length = info.duration_seconds
     start, end = record.start_seconds, record.end_seconds
     if length is not None and end is not None and end > length + _SPAN_TOLERANCE_SECONDS:
         if may_be_cut and abs(length - (end - start)) <= _CUT_TOLERANCE_SECONDS:
             start, end = 0.0, None
         else:
-            return Failed(Reason.SPAN_PAST_END.value, f"span {start:.3f}..{end:.3f} s of a video of {length:.3f} s")
+            return Failure(Reason.SPAN_PAST_END.value, f"span {start:.3f}..{end:.3f} s of a video of {length:.3f} s")
     if length is not None and start >= length:
-        return Failed(Reason.SPAN_PAST_END.value, f"start {start:.3f} s of a video of {length:.3f} s")
+        return Failure(Reason.SPAN_PAST_END.value, f"start {start:.3f} s of a video of {length:.3f} s")
     duration = length if end is None else end if length is None else min(end, length)
     return dataclasses.replace(
         record,

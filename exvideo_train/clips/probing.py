@@ -11,14 +11,14 @@ from typing import TypeVar
 
 from exvideo_train.clips.container import PASSING_REASONS, UnreadableClip, VideoInfo, probe_video
 from exvideo_train.clips.journal import Journal, file_stamp
-from exvideo_train.clips.workers import Failed, parallel_map
+from exvideo_train.clips.workers import Failure, parallel_map
 
 Companion = TypeVar("Companion")
 
 
 def probe_videos(
     videos: Iterable[tuple[str, Companion]], journal_path: Path, num_workers: int, timeout_seconds: float
-) -> Iterator[tuple[Companion, VideoInfo | Failed]]:
+) -> Iterator[tuple[Companion, VideoInfo | Failure]]:
     """Probe a stream of videos, in their order.
 
     Args:
@@ -30,7 +30,7 @@ def probe_videos(
     Yields:
         (what belongs to the video, what was found or why nothing was).
     """
-    waiting: deque[tuple[Companion, str, VideoInfo | Failed | None]] = deque()
+    waiting: deque[tuple[Companion, str, VideoInfo | Failure | None]] = deque()
     with Journal(journal_path) as journal:
 
         def tasks() -> Iterator[str]:
@@ -47,21 +47,21 @@ def probe_videos(
                 yield companion, known
                 continue
             assert found is not None
-            if not (isinstance(found, Failed) and found.reason in PASSING_REASONS):
+            if not (isinstance(found, Failure) and found.reason in PASSING_REASONS):
                 journal.put(video, stamp, json.dumps(dataclasses.asdict(found)))
             yield companion, found
 
 
-def _probe(video: str) -> VideoInfo | Failed | None:
+def _probe(video: str) -> VideoInfo | Failure | None:
     """One worker's task."""
     if not video:
         return None
     try:
         return probe_video(video)
     except UnreadableClip as error:
-        return Failed(error.reason, error.detail)
+        return Failure(error.reason, error.detail)
 
 
-def _from_text(text: str) -> VideoInfo | Failed:
+def _from_text(text: str) -> VideoInfo | Failure:
     content = json.loads(text)
-    return Failed(**content) if "reason" in content else VideoInfo(**content)
+    return Failure(**content) if "reason" in content else VideoInfo(**content)

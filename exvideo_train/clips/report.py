@@ -20,7 +20,7 @@ from exvideo_train.clips.filtering import FilterReport
 from exvideo_train.clips.judging import FilterOptions, Judged
 from exvideo_train.clips.pyav_frames import iter_frames
 from exvideo_train.clips.record import ClipRecord
-from exvideo_train.clips.workers import Failed, parallel_map
+from exvideo_train.clips.workers import Failure, parallel_map
 from exvideo_train.terminal import escaped
 
 _NUM_BINS = 40
@@ -172,13 +172,13 @@ def _to_look_at(judged: Judged) -> ClipRecord | None:
     return None if PASSING_REASONS.intersection(judged.reasons) else judged.record
 
 
-def _figure(judged: Judged, strip: str | Failed) -> str:
+def _figure(judged: Judged, strip: str | Failure) -> str:
     record = judged.record
     facts = [f"{name} {value:.3g}" for name, value in judged.values().items()]
     if record.sampling_fps:
         facts.append(f"sampled at {record.sampling_fps:g} fps")
     why = f"<span class=why>{_text(', '.join(judged.reasons))}</span> {_text(judged.detail)}<br>"
-    pictures = "" if isinstance(strip, Failed) else strip
+    pictures = "" if isinstance(strip, Failure) else strip
     return (
         f"<figure><div class=strip>{pictures}</div><figcaption>{why if judged.reasons else ''}"
         f"{_text(record.caption[:200])}<br>{_text(', '.join(facts))}<br>"

@@ -1,7 +1,8 @@
-"""An ordered parallel map whose workers may hang or die without stopping it.
+"""Processes that do tasks, and may hang or die over one without stopping the others.
 
-Video decoders leak, hang and crash; each worker process is therefore watched, killed when its task takes too long,
-and replaced after a number of tasks. A broken pipe, not a lock, tells of a death, so nothing can stay locked.
+Video decoders leak, hang and crash; so each works in a process that is killed when a task takes too long, and replaced
+after a number of tasks. Parent and process talk through a pipe of their own: a process killed at any moment can neither
+hold a lock that others need nor leave shared memory behind.
 """
 
 from __future__ import annotations
@@ -9,14 +10,19 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
+import socket
+import struct
 import threading
-import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from typing import Any, Generic, TypeVar, cast
+from functools import partial
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from exvideo_train.clips.container import Reason
 from exvideo_train.clips.opening import bound_memory
@@ -24,11 +30,15 @@ from exvideo_train.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+SomeWorker = TypeVar("SomeWorker", bound="Worker[Any, Any]")
+
+STARTUP_SECONDS = 300.0
+_ATTEMPTS_TO_START = 3
 
 
 @dataclass(frozen=True)
-class Failed:
-    """What a worker's hang or death gives in place of a result; `reason` is a word of `Reason`."""
+class Failure:
+    """Why a clip, or another task, gives nothing; ``reason`` is a stable word, ``detail`` is for a person."""
 
     reason: str
     detail: str
@@ -48,176 +58,262 @@ def parallel_map(
     timeout_seconds: float,
     tasks_per_worker: int = 500,
     ahead_per_worker: int = 32,
-) -> Iterator[tuple[Task, Result | Failed]]:
+) -> Iterator[tuple[Task, Result | Failure]]:
     """Apply `function` to every task in worker processes; (task, result) pairs come in the order of the tasks.
 
     Args:
-        function: importable by name (or a partial of such); must not import torch at module level if workers are to
-            start quickly.
+        function, timeout_seconds, tasks_per_worker: see `Worker`.
         tasks: read as workers become free.
         num_workers: processes, 0 for one a core.
-        timeout_seconds: a task that takes longer has its worker killed and gives ``Failed``.
-        tasks_per_worker: a worker is replaced after so many.
         ahead_per_worker: tasks that may be begun or finished ahead of the oldest unfinished one, for each worker;
             bounds the memory while one task is slow.
 
     Raises:
         UserError: raised by `function` in a worker. RuntimeError: any other error there, with its traceback.
     """
-    workers = num_workers or num_cores()
-    pool = _Pool(function, workers, timeout_seconds, tasks_per_worker, workers * ahead_per_worker)
+    num_workers = num_workers or num_cores()
+    make_worker = partial(Worker[Task, Result], function, timeout_seconds, tasks_per_worker)
+    return map_by(make_worker, Worker.__call__, tasks, num_workers, num_workers * ahead_per_worker)
+
+
+def map_by(
+    make_worker: Callable[[], SomeWorker],
+    do: Callable[[SomeWorker, Task], Result],
+    tasks: Iterable[Task],
+    num_workers: int,
+    most_ahead: int,
+    in_order: bool = True,
+) -> Iterator[tuple[Task, Result]]:
+    """(task, result) pairs of workers that go on while the caller is busy with one.
+
+    Args:
+        make_worker: called as often as there are tasks for another worker, up to `num_workers` times.
+        do: called in a thread of its own for each worker.
+        tasks: read in the caller's thread.
+        most_ahead: tasks that may have been read and not yet given back; bounds the memory.
+        in_order: of the tasks; else as they are done.
+
+    Raises:
+        Whatever `do` raises, as soon as it does.
+    """
+    todo: SimpleQueue[tuple[int, Task] | None] = SimpleQueue()
+    done: SimpleQueue[tuple[int, Task, Result] | BaseException] = SimpleQueue()
+    running: list[tuple[SomeWorker, threading.Thread]] = []
+    stopped = threading.Event()
+
+    def work(worker: SomeWorker) -> None:
+        try:
+            while (entry := todo.get()) is not None and not stopped.is_set():
+                number, task = entry
+                done.put((number, task, do(worker, task)))
+        # Nothing may be lost in a thread: the caller raises it.
+        except BaseException as error:  # noqa: BLE001
+            done.put(error)
+        finally:
+            worker.close()
+
+    source = iter(tasks)
+    finished: dict[int, tuple[Task, Result]] = {}
+    num_read = num_done = num_given = 0
+
+    def read_ahead() -> int:
+        """Hand out tasks; returns how many have been."""
+        read = num_read
+        while read - num_given < most_ahead:
+            try:
+                todo.put((read, next(source)))
+            except StopIteration:
+                break
+            read += 1
+            if len(running) < min(num_workers, read - num_given):
+                worker = make_worker()
+                running.append((worker, threading.Thread(target=work, args=(worker,), daemon=True)))
+                running[-1][1].start()
+        return read
+
     try:
-        yield from pool.run(iter(tasks))
+        num_read = read_ahead()
+        while num_given < num_read:
+            while num_given not in finished:
+                outcome = done.get()
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                number, task, result = outcome
+                finished[number if in_order else num_done] = task, result
+                num_done += 1
+            num_given += 1
+            # Before the caller turns to this result: workers are not to wait for him.
+            num_read = read_ahead()
+            yield finished.pop(num_given - 1)
     finally:
-        pool.close()
+        stopped.set()
+        for worker, _ in running:
+            worker.cancel()
+            todo.put(None)
+        for _, thread in running:
+            thread.join()
 
 
-class _Worker(Generic[Task]):
-    def __init__(self, function: Callable[[Task], Any]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
-        self.process.start()
-        theirs.close()
-        # A fresh worker imports first and says so; only then does a task's clock begin.
-        self.ready = False
-        self.served = 0
-        self.number: int | None = None
-        self.task: Task | None = None
-        self.deadline = 0.0
+class Worker(Generic[Task, Result]):
+    """A process that does one task at a time; it is started when a task needs it.
 
-    def close(self) -> None:
-        """End the process: at once while it has a task or is still starting, else when it finds the pipe closed."""
-        if not self.ready or self.number is not None:
-            self.process.kill()
-        self.connection.close()
-        self.process.join(timeout=1.0)
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join()
+    Args:
+        function: importable by name (or a partial of such); must not import torch at module level if processes are to
+            start quickly.
+        timeout_seconds: a task that takes longer has its process killed and gives a `Failure`.
+        tasks_per_process: a process is replaced after so many, so that a decoder's leaks cannot grow.
+        attempts: at a task whose process dies of it, the first included.
+        prepare: called in a fresh process; only then does its first task's clock begin.
+    """
 
-
-class _Pool(Generic[Task, Result]):
     def __init__(
         self,
         function: Callable[[Task], Result],
-        num_workers: int,
         timeout_seconds: float,
-        tasks_per_worker: int,
-        window: int,
+        tasks_per_process: int,
+        attempts: int = 1,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
-        self._function = function
-        self._num_workers = num_workers
+        self._function, self._prepare = function, prepare
         self._timeout_seconds = timeout_seconds
-        self._tasks_per_worker = tasks_per_worker
-        self._window = window
-        self._pending: deque[Task] = deque()
-        self._workers: list[_Worker[Task]] = []
-        self._finished: dict[int, tuple[Task, Result | Failed]] = {}
-        self._started = 0
-        self._emitted = 0
-        self._exhausted = False
+        self._tasks_per_process = tasks_per_process
+        self._attempts = attempts
+        self._process: Any = None
+        self._connection: Connection | None = None
+        self._num_done = 0
+        self._lock = threading.Lock()
+        self._is_cancelled = False
 
-    def run(self, tasks: Iterator[Task]) -> Iterator[tuple[Task, Result | Failed]]:
-        while True:
-            self._hand_out(tasks)
-            if self._emitted in self._finished:
-                # What is taken away makes room for tasks, so hand out again before waiting for anybody.
-                yield self._finished.pop(self._emitted)
-                self._emitted += 1
-            elif self._exhausted and not self._pending and self._emitted == self._started:
-                return
-            else:
-                self._collect()
+    def __call__(self, task: Task) -> Result | Failure:
+        """The task's result, or what a hang or death of its process gives in place of it.
 
-    def _hand_out(self, tasks: Iterator[Task]) -> None:
-        while not self._exhausted and self._started + len(self._pending) - self._emitted < self._window:
-            if len(self._pending) >= self._num_workers:
+        Raises:
+            UserError: the function has raised it. RuntimeError: any other error there, or no process starts.
+        """
+        for _ in range(self._attempts):
+            self._ensure_started()
+            result = self._attempt(task)
+            if not isinstance(result, Failure) or result.reason != Reason.WORKER_DIED.value:
                 break
-            try:
-                self._pending.append(next(tasks))
-            except StopIteration:
-                self._exhausted = True
-        for worker in self._workers:
-            if self._pending and worker.ready and worker.number is None:
-                self._begin(worker, self._pending.popleft())
-        starting = sum(not worker.ready for worker in self._workers)
-        while len(self._workers) < self._num_workers and starting < len(self._pending):
-            self._workers.append(_Worker(self._function))
-            starting += 1
+        return result
 
-    def _begin(self, worker: _Worker[Task], task: Task) -> None:
-        worker.number, worker.task = self._started, task
-        worker.deadline = time.monotonic() + self._timeout_seconds
-        self._started += 1
-        # If it died between tasks, `_receive` will find the broken pipe and say so.
-        with contextlib.suppress(ConnectionError):
-            worker.connection.send(task)
-
-    def _collect(self) -> None:
-        busy = {worker.connection: worker for worker in self._workers if worker.number is not None or not worker.ready}
-        assert busy, "waiting for nobody"
-        deadlines = [worker.deadline for worker in busy.values() if worker.ready]
-        patience = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-        for connection in wait(list(busy), timeout=patience):
-            assert isinstance(connection, Connection)
-            self._receive(busy[connection])
-        now = time.monotonic()
-        for worker in [entry for entry in self._workers if entry.number is not None and entry.deadline <= now]:
-            if not worker.connection.poll():
-                detail = f"took longer than {self._timeout_seconds:g} s"
-                worker.process.kill()
-                self._finish(worker, Failed(Reason.TIMEOUT.value, detail))
-                self._retire(worker)
-
-    def _receive(self, worker: _Worker[Task]) -> None:
-        try:
-            kind, value = worker.connection.recv()
-        except (EOFError, ConnectionError):
-            worker.process.join()
-            if worker.number is None:
-                raise RuntimeError(f"a worker process did not start (exit code {worker.process.exitcode})") from None
-            detail = f"its process ended with exit code {worker.process.exitcode}"
-            self._finish(worker, Failed(Reason.WORKER_DIED.value, detail))
-            self._retire(worker)
+    def _ensure_started(self) -> None:
+        if self._process is not None and self._num_done >= self._tasks_per_process:
+            self._end()
+        if self._process is not None:
             return
-        if kind == "ready":
-            worker.ready = True
-        elif kind == "user_error":
+        for _ in range(_ATTEMPTS_TO_START):
+            if self._start():
+                return
+            code = self._end()
+            if self._is_cancelled:
+                break
+        raise RuntimeError(f"worker processes do not start (exit code {code})")
+
+    def _start(self) -> bool:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self._function, self._prepare), daemon=True)
+        process.start()
+        theirs.close()
+        with self._lock:
+            self._process, self._num_done = process, 0
+            if self._is_cancelled:
+                process.kill()
+        _set_patience(self._connection, STARTUP_SECONDS)
+        try:
+            self._connection.recv()
+        except (EOFError, OSError):
+            return False
+        _set_patience(self._connection, self._timeout_seconds)
+        return True
+
+    def _attempt(self, task: Task) -> Result | Failure:
+        assert self._connection is not None
+        try:
+            self._connection.send(task)
+            kind, value = _receive(self._connection)
+        except BlockingIOError:
+            self._process.kill()
+            self._end()
+            return Failure(Reason.TIMEOUT.value, f"took longer than {self._timeout_seconds:g} s")
+        except (EOFError, OSError):
+            return Failure(Reason.WORKER_DIED.value, f"its process ended with exit code {self._end()}")
+        self._num_done += 1
+        if kind == "user_error":
             raise UserError(value)
-        elif kind == "error":
+        if kind == "error":
             raise RuntimeError(f"in a worker process:\n{value}")
-        else:
-            self._finish(worker, value)
-            if worker.served >= self._tasks_per_worker:
-                self._retire(worker)
+        result: Result = value
+        return result
 
-    def _finish(self, worker: _Worker[Task], result: Result | Failed) -> None:
-        assert worker.number is not None
-        # A task may itself be None, so the number alone says whether the worker has one.
-        self._finished[worker.number] = (cast(Task, worker.task), result)
-        worker.number = worker.task = None
-        worker.served += 1
-
-    def _retire(self, worker: _Worker[Task]) -> None:
-        self._workers.remove(worker)
-        worker.close()
+    def cancel(self) -> None:
+        """End a task under way at once, from another thread; whoever waits for it gets a `Failure` or an error."""
+        with self._lock:
+            self._is_cancelled = True
+            if self._process is not None:
+                self._process.kill()
 
     def close(self) -> None:
-        for worker in self._workers:
-            worker.close()
-        self._workers.clear()
+        """End the process."""
+        if self._process is not None:
+            self._end()
+
+    def _end(self) -> int | None:
+        """End the process, which finds its pipe closed between tasks; returns its exit code."""
+        assert self._connection is not None
+        with self._lock:
+            process, self._process = self._process, None
+        self._connection.close()
+        process.join(timeout=1.0)
+        if process.is_alive():
+            process.kill()
+        process.join()
+        code: int | None = process.exitcode
+        # Not when the collector comes to it: its descriptors would stay open until then.
+        process.close()
+        return code
 
 
-def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
-    """Main function of a worker: tasks in, results out, until the pipe closes or Ctrl-C."""
-    _exit_with_parent()
+def _set_patience(connection: Connection, seconds: float) -> None:
+    """Have reading and writing end in BlockingIOError when the other end is silent for so long, within a message too.
+
+    A multiprocessing pipe is a pair of sockets, whose own timeouts need neither timers nor threads.
+    """
+    duration = struct.pack("ll", int(seconds), max(1, int(seconds % 1 * 1e6)))
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            end.setsockopt(socket.SOL_SOCKET, option, duration)
+
+
+def _send(connection: Connection, value: object) -> None:
+    """Arrays go as they lie in memory: pickled with the rest, a clip's frames would be copied twice more."""
+    buffers: list[memoryview] = []
+    content = pickle.dumps(value, protocol=5, buffer_callback=lambda buffer: buffers.append(buffer.raw()))
+    connection.send((content, [buffer.nbytes for buffer in buffers]))
+    for buffer in buffers:
+        connection.send_bytes(buffer)
+
+
+def _receive(connection: Connection) -> Any:
+    content, sizes = connection.recv()
+    buffers = [np.empty(size, np.uint8) for size in sizes]
+    for buffer in buffers:
+        connection.recv_bytes_into(buffer.data)
+    return pickle.loads(content, buffers=buffers)
+
+
+def _serve(connection: Connection, function: Callable[[Any], Any], prepare: Callable[[], None] | None) -> None:
+    """Main function of a process: tasks in, results out, until the pipe closes or Ctrl-C."""
+    exit_with_parent()
     bound_memory()
+    if prepare is not None:
+        prepare()
     # The pipe may close at any moment, while this process is still starting too: then nobody wants anything of it.
     with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
-        connection.send(("ready", None))
+        connection.send("ready")
         while True:
-            connection.send(_answer(function, connection.recv()))
+            _send(connection, _answer(function, connection.recv()))
 
 
 def _answer(function: Callable[[Any], Any], task: Any) -> tuple[str, Any]:
@@ -230,8 +326,8 @@ def _answer(function: Callable[[Any], Any], task: Any) -> tuple[str, Any]:
         return "error", traceback.format_exc()
 
 
-def _exit_with_parent() -> None:
-    """End this process when its parent is gone, even by kill -9."""
+def exit_with_parent() -> None:
+    """End this process when its parent is gone, even by kill -9: nothing may go on writing behind a new run."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

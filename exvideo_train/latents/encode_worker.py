@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exvideo_train.clips.record import ClipRecord
+from exvideo_train.clips.workers import Failure, exit_with_parent
 from exvideo_train.errors import UserError
 from exvideo_train.latents.clip_file import IndexEntry
-from exvideo_train.latents.decode import Decoded, DecodePool, Failure, exit_with_parent
+from exvideo_train.latents.decode import Decoded, decode_clips
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore, Quarantine, is_settled, quarantine_clip
 from exvideo_train.latents.work import Heartbeat, WorkList
@@ -151,11 +152,12 @@ class EncodeLoop:
         if self.store.lacks_empty_prompt():
             self.store.write_empty_prompt(encoder.caption_tensors(""))
         settings = self.settings
-        pool = DecodePool(settings.decode_options, settings.decode_workers, settings.prefetch_clips)
         writes: deque[tuple[ClipRecord, Future[tuple[int, float]]]] = deque()
         began = waited_since = time.monotonic()
         with Heartbeat(self.work, self.owner), ThreadPoolExecutor(1) as writer:
-            for decoded in pool.decode(self._records()):
+            for decoded in decode_clips(
+                self._records(), settings.decode_options, settings.decode_workers, settings.prefetch_clips
+            ):
                 now = time.monotonic()
                 if self.totals.decode_seconds == 0:
                     self.totals.startup_seconds = now - began

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from exvideo_train.clips.record import ClipRecord, parse_record
+from exvideo_train.clips.workers import Failure
 from exvideo_train.errors import UserError
 from exvideo_train.files import create_marker
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.decode import DecodeWorker, Failure
+from exvideo_train.latents.decode import DecodeWorker
 from exvideo_train.latents.encode_worker import ClipEncoder, Totals, not_finite
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.shared_captions import PATIENCE_SECONDS, SharedCaptions

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exvideo_train.clips.workers import num_cores
 from exvideo_train.config.latents import EncodeLatents
 from exvideo_train.errors import UserError
 from exvideo_train.files import refuse_inputs
@@ -127,7 +127,7 @@ def resolve_settings(config: EncodeLatents, num_local_encoders: int) -> EncodeSe
         normalisation=family.read_normalisation(model_path),
         dtype=dtype,
         tiling=config.tiling,
-        decode_workers=config.decode_workers or max(1, (_num_cores() - 1) // max(1, num_local_encoders)),
+        decode_workers=config.decode_workers or max(1, (num_cores() - 1) // max(1, num_local_encoders)),
         prefetch_clips=config.prefetch_clips,
         clip_timeout_seconds=config.clip_timeout_seconds,
         recycle_after_clips=config.recycle_after_clips,
@@ -150,7 +150,3 @@ def _cached_model_path(path: str, revision: str | None, parts: Sequence[str]) ->
             f"`hf download {path}`, or set model.path to a folder in the published layout"
         ) from None
     return resolve_model_path(folder, None, parts)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

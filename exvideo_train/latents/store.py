@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from exvideo_train.clips.record import ClipRecord
-    from exvideo_train.latents.decode import Failure
+    from exvideo_train.clips.workers import Failure
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"

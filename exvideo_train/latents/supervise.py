@@ -15,8 +15,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from exvideo_train.clips.record import ClipRecord
+from exvideo_train.clips.workers import Failure
 from exvideo_train.errors import UserError
-from exvideo_train.latents.decode import ATTEMPTS_AFTER_DEATH, Failure
+from exvideo_train.latents.decode import ATTEMPTS_AFTER_DEATH
 from exvideo_train.latents.encode_worker import Totals, encoder_main
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore, Quarantine, quarantine_clip

@@ -27,10 +27,10 @@ from support.without_privilege import file_modes_hold
 
 import exvideo_train.files
 from exvideo_train.clips.record import ClipRecord, make_clip_id, write_manifest
+from exvideo_train.clips.workers import Failure
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import METADATA_KEY, CorruptLatent, MissingLatent, UnreadableLatent
-from exvideo_train.latents.decode import Failure
 from exvideo_train.latents.fingerprint import Fingerprint
 from exvideo_train.latents.inspection import StoreVerification, describe_stats, verify_store
 from exvideo_train.latents.plan import Plan, make_plan, refuse_linked_store, set_damaged_aside, write_index

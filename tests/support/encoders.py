@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from exvideo_train.latents.decode import exit_with_parent
+from exvideo_train.clips.workers import exit_with_parent
 from exvideo_train.latents.encode_worker import Totals
 from exvideo_train.latents.ray_engine import EncodeActor
 from exvideo_train.latents.settings import EncodeSettings

@@ -10,10 +10,11 @@ import pytest
 import torch
 from support.broken import write_broken, write_good
 
+from exvideo_train.clips import workers
 from exvideo_train.clips.reader import read_frames
 from exvideo_train.clips.record import ClipRecord, make_clip_id
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.decode import DecodeOptions, DecodePool, DecodeWorker
+from exvideo_train.latents.decode import DecodeOptions, DecodeWorker, decode_clips
 
 GEOMETRY = Geometry(9, 32, 48, 8)
 
@@ -64,12 +65,11 @@ def test_hanging_decoder_is_killed_and_replaced(worker, clip_path):
     assert worker.decode(record_of(clip_path)).failure is None
     hanging = worker._process.pid
     os.kill(hanging, signal.SIGSTOP)
-    worker.options = DecodeOptions(GEOMETRY, timeout_seconds=0.5, recycle_after=100)
+    workers._set_patience(worker._connection, 0.5)
     decoded = worker.decode(record_of(clip_path))
     assert decoded.failure is not None
     assert decoded.failure.reason == "timeout"
     assert not os.path.exists(f"/proc/{hanging}")
-    worker.options = DecodeOptions(GEOMETRY, timeout_seconds=60, recycle_after=100)
     assert worker.decode(record_of(clip_path)).failure is None
 
 
@@ -108,19 +108,17 @@ def test_dying_decoder_gets_a_second_chance(worker, tmp_path, monkeypatch, num_d
         assert "exit code -9" in decoded.failure.detail
 
 
-def test_pool_returns_every_clip_once(clip_path, tmp_path):
+def test_every_clip_comes_once(clip_path, tmp_path):
     records = [record_of(clip_path, 0.1 * n) for n in range(10)] + [record_of(tmp_path / "missing.mp4")]
-    pool = DecodePool(DecodeOptions(GEOMETRY, 60, 100), num_workers=2, prefetch=2)
-    decoded = list(pool.decode(records))
+    decoded = list(decode_clips(records, DecodeOptions(GEOMETRY, 60, 100), num_workers=2, prefetch=2))
     assert sorted(d.record.clip_id for d in decoded) == sorted(r.clip_id for r in records)
     assert [d.failure.reason for d in decoded if d.failure] == ["missing"]
 
 
-def test_pool_raises_what_goes_wrong_in_its_threads():
+def test_an_error_of_the_list_of_clips_reaches_the_caller():
     def records():
         raise OSError("the work list is gone")
         yield
 
-    pool = DecodePool(DecodeOptions(GEOMETRY, 60, 100), num_workers=1, prefetch=1)
     with pytest.raises(OSError, match="work list"):
-        list(pool.decode(records()))
+        list(decode_clips(records(), DecodeOptions(GEOMETRY, 60, 100), num_workers=1, prefetch=1))
