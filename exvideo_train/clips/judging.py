@@ -14,10 +14,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from exvideo_train.clips.container import PASSING_REASONS, Reason, UnreadableClip, VideoInfo, open_bytes, probe_video
+from exvideo_train.clips.decoders.timing import TIME_TOLERANCE_SECONDS
 from exvideo_train.clips.journal import Journal, file_stamp
 from exvideo_train.clips.quality import ClipMeasures, bars_in_crop, measure_clip
 from exvideo_train.clips.record import ClipRecord, read_manifest
-from exvideo_train.clips.timing import TIME_TOLERANCE_SECONDS
 from exvideo_train.clips.workers import Failure, parallel_map
 from exvideo_train.config.clips import FilterThresholds
 from exvideo_train.geometry import Geometry

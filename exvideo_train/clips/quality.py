@@ -13,8 +13,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from exvideo_train.clips.pyav_frames import iter_window
-from exvideo_train.clips.timing import why_ended
+from exvideo_train.clips.decoders.pyav import iter_window
+from exvideo_train.clips.decoders.timing import why_ended
 
 # Analysed frames are this wide (or high): enough for cuts and bars, 40 kB each.
 ANALYSIS_LONG_SIDE = 160

@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from exvideo_train.clips.container import Reason, UnreadableClip
-from exvideo_train.clips.decord_frames import iter_frames as iter_decord_frames
-from exvideo_train.clips.pyav_frames import iter_frames as iter_pyav_frames
+from exvideo_train.clips.decoders import DECODERS
+from exvideo_train.clips.decoders.span_packets import NotForDecord
+from exvideo_train.clips.decoders.timing import TIME_TOLERANCE_SECONDS
 from exvideo_train.clips.record import ClipRecord
-from exvideo_train.clips.span_packets import NotForDecord
-from exvideo_train.clips.timing import TIME_TOLERANCE_SECONDS
 from exvideo_train.geometry import Geometry
 
 if TYPE_CHECKING:
@@ -68,7 +67,6 @@ def read_frames(record: ClipRecord, geometry: Geometry, num_threads: int = 0, de
     Raises:
         UnreadableClip: the clip cannot give these frames; its `reason` is a word of `Reason`.
     """
-    iter_frames = iter_decord_frames if decoder == "decord" else iter_pyav_frames
     # Workers that probe and judge clips use this module without ever paying for torch.
     import torch
 
@@ -79,7 +77,8 @@ def read_frames(record: ClipRecord, geometry: Geometry, num_threads: int = 0, de
     # Through numpy: torch would wake its threads for each copy, and their waiting takes the decoder's cores (129 frames
     # of 720p on 2 cores: 2.2 s of CPU time instead of 1.3).
     target = frames_FHWC.numpy()
-    for index, frame_HWC in iter_frames(record.video, moments, geometry.height, geometry.width, num_threads):
+    decode = DECODERS[decoder]
+    for index, frame_HWC in decode(record.video, moments, geometry.height, geometry.width, num_threads):
         target[index] = frame_HWC
     return frames_FHWC
 

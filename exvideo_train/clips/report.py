@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from exvideo_train.clips.container import PASSING_REASONS, UnreadableClip
+from exvideo_train.clips.decoders.pyav import iter_frames
 from exvideo_train.clips.filtering import FilterReport
 from exvideo_train.clips.judging import FilterOptions, Judged
-from exvideo_train.clips.pyav_frames import iter_frames
 from exvideo_train.clips.record import ClipRecord
 from exvideo_train.clips.workers import Failure, parallel_map
 from exvideo_train.terminal import escaped

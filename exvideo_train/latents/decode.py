@@ -84,7 +84,7 @@ def _load(decoder: str) -> None:
     import av  # noqa: F401
     import torch
 
-    from exvideo_train.clips.decord_frames import load_decord
+    from exvideo_train.clips.decoders.decord import load_decord
 
     torch.set_num_threads(1)
     if decoder == "decord":

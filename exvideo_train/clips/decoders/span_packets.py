@@ -22,7 +22,7 @@ from exvideo_train.clips.container import (
     shown_seconds,
     stream_duration,
 )
-from exvideo_train.clips.timing import (
+from exvideo_train.clips.decoders.timing import (
     SEEK_BACK_SECONDS,
     TIME_TOLERANCE_SECONDS,
     check_order,

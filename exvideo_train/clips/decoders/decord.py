@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from exvideo_train.clips.container import Reason, UnreadableClip, first_frame, opened, quarter_turn
-from exvideo_train.clips.resize import crop_and_resize
-from exvideo_train.clips.span_packets import SpanPart, copy_span
-from exvideo_train.clips.timing import TIME_TOLERANCE_SECONDS, why_ended
+from exvideo_train.clips.decoders.resize import crop_and_resize
+from exvideo_train.clips.decoders.span_packets import SpanPart, copy_span
+from exvideo_train.clips.decoders.timing import TIME_TOLERANCE_SECONDS, why_ended
 
 # With more threads decord loses their packets ("Error sending packet").
 _MOST_THREADS = {"vp9": 1, "av1": 4}
@@ -35,15 +35,7 @@ _WHERE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 def iter_frames(
     video: str, moments: list[float], height: int, width: int, num_threads: int = 0
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The frames shown at ascending `moments`, in seconds from the video's first frame.
-
-    Yields:
-        (index of the moment, uint8 RGB frame of shape (H, W, C)); a frame shown at several moments comes several
-        times.
-
-    Raises:
-        UnreadableClip: the video cannot be opened or decoded, or ends before the last moment.
-    """
+    """A `Decoder`."""
     most_threads = num_threads or os.cpu_count() or 1
     span = copy_span(video, moments[0], moments[-1], max_parts=most_threads)
     if moments[-1] >= span.until - TIME_TOLERANCE_SECONDS:

@@ -22,9 +22,8 @@ from exvideo_train.clips.container import (
     shown_size,
     stream_duration,
 )
-from exvideo_train.clips.opening import set_decoder_options
-from exvideo_train.clips.resize import crop_size
-from exvideo_train.clips.timing import (
+from exvideo_train.clips.decoders.resize import crop_size
+from exvideo_train.clips.decoders.timing import (
     SEEK_BACK_SECONDS,
     STEP_BACK_SECONDS,
     TIME_TOLERANCE_SECONDS,
@@ -33,6 +32,7 @@ from exvideo_train.clips.timing import (
     seek_to,
     why_ended,
 )
+from exvideo_train.clips.opening import set_decoder_options
 
 if TYPE_CHECKING:
     import av.container
@@ -50,15 +50,7 @@ _PLANAR_RGB = "gbrp"
 def iter_frames(
     video: str, moments: list[float], height: int, width: int, num_threads: int = 0
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The frames shown at ascending `moments`, in seconds from the video's first frame.
-
-    Yields:
-        (index of the moment, uint8 RGB frame of shape (H, W, C)); a frame shown at several moments comes several
-        times.
-
-    Raises:
-        UnreadableClip: the video cannot be opened or decoded, or ends before the last moment.
-    """
+    """A `Decoder`."""
     scaler = _Scaler(video, height, width, num_threads)
     index = 0
     for shown, until, pixel_aspect in _shown_frames(video, moments[0], num_threads):

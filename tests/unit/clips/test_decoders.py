@@ -12,8 +12,8 @@ import torch
 from support.videos import read_numbers, shown_at
 
 from exvideo_train.clips.container import UnreadableClip, probe_video
+from exvideo_train.clips.decoders.span_packets import copy_span
 from exvideo_train.clips.reader import read_clip, read_frames
-from exvideo_train.clips.span_packets import copy_span
 from exvideo_train.geometry import Geometry
 
 SMALL = Geometry(num_frames=17, height=96, width=128, fps=8)
