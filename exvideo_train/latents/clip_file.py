@@ -242,7 +242,6 @@ class IndexEntry:
         caption_sha256: of its caption, short.
         sampling_fps: the clip's own rate, None for the geometry's.
         num_tokens_cut: tokens at the caption's end that the text encoder has not read, None for none.
-        decord_refusal: why PyAV decoded the clip although its fingerprint's decoder is decord, None if it did not.
     """
 
     geometry: str
@@ -252,7 +251,6 @@ class IndexEntry:
     caption_sha256: str
     sampling_fps: float | None = None
     num_tokens_cut: int | None = None
-    decord_refusal: str | None = None
 
     def is_of(self, record: ClipRecord) -> bool:
         """Whether the file holds the record as it is now. Its id covers video and span; the rest may change."""
@@ -278,7 +276,6 @@ def entry_of(content: dict[str, Any], num_bytes: int) -> IndexEntry:
         caption_sha256=caption_digest(content["caption"]),
         sampling_fps=content.get("sampling_fps"),
         num_tokens_cut=content.get("num_tokens_cut"),
-        decord_refusal=content.get("decord_refusal"),
     )
 
 
@@ -319,4 +316,7 @@ def _parse_line(line: bytes) -> IndexEntry:
         content = json.loads(line.decode())
     except RecursionError:
         raise ValueError("nested too deep") from None
-    return IndexEntry(**check_fields(content, _LINE, _OPTIONAL, others=False))
+    fields = check_fields(content, _LINE, _OPTIONAL, others=False)
+    # It stood in the index once; now the file itself and the report have it.
+    fields.pop("decord_refusal", None)
+    return IndexEntry(**fields)

@@ -30,7 +30,14 @@ from exvideo_train.latents.plan import (
     write_index,
 )
 from exvideo_train.latents.progress import Progress
-from exvideo_train.latents.report import Report, make_report, totals_from_json, totals_to_json, write_report
+from exvideo_train.latents.report import (
+    Report,
+    earlier_refusals,
+    make_report,
+    totals_from_json,
+    totals_to_json,
+    write_report,
+)
 from exvideo_train.latents.settings import EncodeSettings, resolve_settings
 from exvideo_train.latents.store import LatentStore, Quarantine
 from exvideo_train.latents.supervise import EncodersDied, Supervisor
@@ -221,14 +228,16 @@ def _finish(
     """Index, report and tidying up; on a full disk as much of it as fits."""
     try:
         sweep_temporary_files(store, settings.geometry)
-        entries = write_index(store, settings.geometry, plan.outdated)
+        existing = write_index(store, settings.geometry, plan.outdated)
+        entries = existing.entries
         quarantine = Quarantine(store.path, settings.geometry)
         quarantined: Counter[str] = Counter(plan.num_held_back)
         pending = {record.clip_id: record for record in plan.pending}
         quarantined.update(entry.reason for entry in quarantine if entry.clip_id in pending)
         encoded = sum(clip_id in entries and entries[clip_id].is_of(record) for clip_id, record in pending.items())
         cut_captions = sorted(clip_id for clip_id, entry in entries.items() if entry.num_tokens_cut)
-        refused = {clip_id: entry.decord_refusal for clip_id, entry in entries.items() if entry.decord_refusal}
+        notes = {**earlier_refusals(quarantine), **existing.decord_refusals}
+        refused = {clip_id: reason for clip_id, reason in notes.items() if reason and clip_id in entries}
         report = make_report(plan, totals, encoded, quarantined, wall_seconds, missing, cut_captions, refused)
         WorkList(store.path).remove()
         print(report.describe(), flush=True)

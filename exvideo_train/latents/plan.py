@@ -17,7 +17,7 @@ from exvideo_train.clips.record import ClipRecord, read_manifest
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_bytes
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.clip_file import CorruptLatent, IndexEntry, MissingLatent, UnusableLatent
+from exvideo_train.latents.clip_file import CorruptLatent, IndexEntry, MissingLatent, UnusableLatent, entry_of
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore, Quarantine
 from exvideo_train.latents.untrusted import folders_below, is_folder, list_folder, refuse_links, set_aside
@@ -94,11 +94,14 @@ class Existing:
         entries: whole files, by the index or else by their headers.
         damaged: why, by clip id: to be moved aside and encoded again.
         unreadable: why, by clip id: may be whole, so they are neither taken for missing nor written over.
+        decord_refusals: of the whole files that are not in the index, by clip id: why PyAV decoded the clip in decord's
+            place, None if it did not.
     """
 
     entries: dict[str, IndexEntry] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
+    decord_refusals: dict[str, str | None] = field(default_factory=dict)
 
 
 def existing_clips(store: LatentStore, geometry: Geometry) -> Existing:
@@ -112,7 +115,11 @@ def existing_clips(store: LatentStore, geometry: Geometry) -> Existing:
     for clip_id in store.clip_ids_on_disk(geometry):
         entry = indexed.get((geometry.name, clip_id))
         try:
-            existing.entries[clip_id] = entry or store.read_entry(clip_id, geometry)
+            if entry is None:
+                header = store.read_header(clip_id, geometry)
+                entry = entry_of(header.content, header.num_bytes)
+                existing.decord_refusals[clip_id] = header.content.get("decord_refusal")
+            existing.entries[clip_id] = entry
         except CorruptLatent as error:
             existing.damaged[clip_id] = str(error)
         except MissingLatent:
@@ -247,17 +254,18 @@ def take_from_index(store: LatentStore, geometry: Geometry, clip_ids: Collection
         store.write_index(left)
 
 
-def write_index(store: LatentStore, geometry: Geometry, outdated: Mapping[str, ClipRecord]) -> dict[str, IndexEntry]:
-    """Bring the index up to date with a geometry's files; returns that geometry's entries.
+def write_index(store: LatentStore, geometry: Geometry, outdated: Mapping[str, ClipRecord]) -> Existing:
+    """Bring the index up to date with a geometry's files; returns these, and as entries those in the index.
 
     Args:
         outdated: clips as they should be by id; their files are left out unless they have been replaced.
     """
-    entries = {
+    existing = existing_clips(store, geometry)
+    existing.entries = {
         clip_id: entry
-        for clip_id, entry in existing_clips(store, geometry).entries.items()
+        for clip_id, entry in existing.entries.items()
         if clip_id not in outdated or entry.is_of(outdated[clip_id])
     }
     others = [entry for entry in store.read_index().values() if entry.geometry != geometry.name]
-    store.write_index([*others, *entries.values()])
-    return entries
+    store.write_index([*others, *existing.entries.values()])
+    return existing

@@ -9,14 +9,19 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from exvideo_train.files import atomic_write_json, atomic_write_text, short
+from exvideo_train.files import atomic_write_json, atomic_write_text, parse_json, read_regular, short
 from exvideo_train.latents.encode_worker import Totals
 from exvideo_train.latents.plan import Plan
 from exvideo_train.latents.store import Quarantine
-from exvideo_train.latents.untrusted import COUNT, Kind, check_fields
+from exvideo_train.latents.untrusted import COUNT, Kind, check_fields, exists_inside
 
 REASONS_SHOWN = 5
 _AMOUNT = Kind("a number, 0 or more", lambda value: type(value) in (int, float) and value >= 0)
+_MAX_REPORT_BYTES = 1 << 30
+_REFUSALS = Kind(
+    "an object of texts",
+    lambda value: isinstance(value, dict) and all(isinstance(reason, str) for reason in value.values()),
+)
 _TOTALS = {entry.name: _AMOUNT for entry in fields(Totals)} | {
     "quarantined": Kind("an object", lambda value: isinstance(value, dict))
 }
@@ -168,13 +173,29 @@ def make_report(
 
 def write_report(report: Report, quarantine: Quarantine) -> Path:
     """Write the report as JSON, and the quarantined clips with their reasons as JSON lines beside it."""
-    folder = quarantine.folder.parent.parent
-    name = quarantine.geometry.name
-    path = folder / f"encode_{name}.json"
+    path = _report_path(quarantine)
     atomic_write_json(path, asdict(report))
     lines = [json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in quarantine]
-    atomic_write_text(folder / f"quarantined_{name}.jsonl", "".join(lines))
+    atomic_write_text(path.with_name(f"quarantined_{quarantine.geometry.name}.jsonl"), "".join(lines))
     return path
+
+
+def _report_path(quarantine: Quarantine) -> Path:
+    return quarantine.folder.parent.parent / f"encode_{quarantine.geometry.name}.json"
+
+
+def earlier_refusals(quarantine: Quarantine) -> dict[str, str]:
+    """`Report.refused_by_decord` of the report that the next one replaces; only the clips' own files have it too."""
+    path = _report_path(quarantine)
+    try:
+        if not exists_inside(quarantine.store_path, path):
+            return {}
+        content = check_fields(parse_json(read_regular(path, _MAX_REPORT_BYTES)), {"refused_by_decord": _REFUSALS})
+    except (ValueError, OSError) as error:
+        print(f"note: the clips that PyAV decoded for earlier runs are not listed again: {path}: {error}", flush=True)
+        return {}
+    refusals: dict[str, str] = content["refused_by_decord"]
+    return refusals
 
 
 def totals_to_json(totals: list[Totals]) -> list[dict[str, Any]]:

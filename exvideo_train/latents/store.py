@@ -350,7 +350,7 @@ class LatentStore:
         Raises:
             UnusableLatent: the file is missing, unreadable, truncated, changed, or of another clip or fingerprint.
         """
-        header = self._read_header(clip_id, geometry, self.channels(geometry))
+        header = self.read_header(clip_id, geometry)
         tensors = read_tensors(self.path, self.clip_path(clip_id, geometry), header, verify)
         return StoredClip(tensors, header.content["caption"])
 
@@ -360,8 +360,16 @@ class LatentStore:
         Raises:
             UnusableLatent: the file is missing, unreadable, truncated, or of another clip or fingerprint.
         """
-        header = self._read_header(clip_id, geometry, self.channels(geometry))
+        header = self.read_header(clip_id, geometry)
         return entry_of(header.content, header.num_bytes)
+
+    def read_header(self, clip_id: str, geometry: Geometry) -> LatentHeader:
+        """What one clip's file says of itself.
+
+        Raises:
+            UnusableLatent: as of :meth:`read_entry`.
+        """
+        return self._read_header(clip_id, geometry, self.channels(geometry))
 
     def _read_header(self, clip_id: str, geometry: Geometry, channels: dict[str, int] | None) -> LatentHeader:
         fingerprint = self.fingerprints[geometry.name]

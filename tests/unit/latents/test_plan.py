@@ -140,3 +140,12 @@ def test_the_former_manifest_finds_its_clips_again(settings, encoded):
     assert plan.num_reused == 4
     write_index(store, GEOMETRY, plan.outdated)
     assert store.index_path.read_bytes() == index
+
+
+def test_notes_that_once_stood_in_the_index_are_read_over(settings, encoded):
+    store = LatentStore.open(settings.store_path)
+    index = store.index_path.read_text()
+    first, others = index.split("\n", 1)
+    store.index_path.write_text(json.dumps({**json.loads(first), "decord_refusal": "corrupt"}) + "\n" + others)
+    write_index(store, GEOMETRY, {})
+    assert store.index_path.read_text() == index

@@ -2,9 +2,13 @@ import json
 from collections import Counter
 from dataclasses import asdict
 
+import pytest
+
+from exvideo_train.geometry import Geometry
 from exvideo_train.latents.encode_worker import Totals
 from exvideo_train.latents.plan import Plan
-from exvideo_train.latents.report import make_report, totals_from_json, totals_to_json
+from exvideo_train.latents.report import earlier_refusals, make_report, totals_from_json, totals_to_json
+from exvideo_train.latents.store import Quarantine
 
 
 def totals_of(num_encoded, loop_seconds, wait_seconds):
@@ -46,3 +50,21 @@ def test_cut_captions_are_counted_and_listed():
     assert "2 captions are longer" in report.describe()
     assert asdict(report)["cut_captions"] == ["clip_a", "clip_b"]
     assert "captions" not in make_report(plan, [], 3, Counter(), 1, []).describe()
+
+
+@pytest.mark.parametrize(
+    ("content", "found", "note"),
+    [
+        (None, {}, ""),
+        ('{"refused_by_decord": {"aaa": "corrupt"}}', {"aaa": "corrupt"}, ""),
+        ('{"refused_by_decord": {"aaa": 3}}', {}, "refused_by_decord={'aaa': 3}"),
+        ("{", {}, "are not listed again"),
+    ],
+)
+def test_refusals_of_the_report_before(tmp_path, capsys, content, found, note):
+    quarantine = Quarantine(tmp_path, Geometry(9, 32, 48, 8))
+    if content is not None:
+        (tmp_path / "reports").mkdir()
+        (tmp_path / "reports" / f"encode_{quarantine.geometry.name}.json").write_text(content)
+    assert earlier_refusals(quarantine) == found
+    assert note in capsys.readouterr().out
