@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 16 << 20
 _METADATA = "__metadata__"
 _MAX_AXES = 64  # as numpy; torch has no such limit
-_MAX_JSON_DEPTH = 64
+MAX_JSON_DEPTH = 64
 _MAX_DIGITS = 40  # tokenizers write "no limit" as int(1e30)
 # What safetensors 0.8 knows (safetensors/src/tensor.rs); the sizes are the format's.
 _DTYPE_BITS = {
@@ -228,25 +228,26 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
             raise UnreadableFile(f"{path} cannot be read ({error.strerror})") from error
 
 
-def parse_json(content: str | bytes) -> Any:
-    """Strict JSON of untrusted origin: UTF-8, no key twice, whole characters, 64 levels, 40 digits.
+def parse_json(content: str | bytes, *, strict: bool = True) -> Any:
+    """JSON of untrusted origin, of at most `MAX_JSON_DEPTH` levels.
+
+    Args:
+        strict: UTF-8, no key twice, whole characters, 40 digits, no NaN. Rows of data sets are not held to it:
+            millions, of many writers.
 
     Raises:
         ValueError: it is anything else; the message says what.
     """
-    text = content if isinstance(content, str) else content.decode()
+    text = content.decode() if strict and isinstance(content, bytes) else content
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_unique_keys,
-            parse_int=_bounded_integer,
-            parse_float=_finite_number,
-            parse_constant=_no_constant,
-        )
+        value = json.loads(text, **(_STRICT if strict else {}))
     except RecursionError:
-        raise ValueError(f"nested deeper than {_MAX_JSON_DEPTH} levels") from None
-    _check_depth(value)
-    if "\\u" in text:
+        raise ValueError(f"brackets nested deeper than {MAX_JSON_DEPTH}") from None
+    # Counting letters is quick, and almost always enough to know that no depth can have been reached.
+    brackets = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    if sum(map(text.count, brackets)) > MAX_JSON_DEPTH:  # type: ignore[arg-type]
+        _check_depth(value)
+    if strict and "\\u" in text:  # type: ignore[operator]
         # An escape can spell half of a character, which can neither be printed nor written again.
         json.dumps(value, ensure_ascii=False).encode()
     return value
@@ -278,18 +279,22 @@ def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is no JSON number")
 
 
+_STRICT: dict[str, Any] = {
+    "object_pairs_hook": _unique_keys,
+    "parse_int": _bounded_integer,
+    "parse_float": _finite_number,
+    "parse_constant": _no_constant,
+}
+
+
 def _check_depth(value: Any) -> None:
     level = [value]
-    for _ in range(_MAX_JSON_DEPTH + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
+    for _ in range(MAX_JSON_DEPTH + 1):
+        containers = [entry for entry in level if isinstance(entry, dict | list)]
+        if not containers:
             return
-    raise ValueError(f"nested deeper than {_MAX_JSON_DEPTH} levels")
+        level = [inner for outer in containers for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    raise ValueError(f"brackets nested deeper than {MAX_JSON_DEPTH}")
 
 
 def short(value: Any) -> str:

@@ -6,16 +6,15 @@ become a float, 1e306 seconds overflow when they are counted in milliseconds: ea
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
 from typing import Any, NamedTuple
 
+from exvideo_train.files import parse_json
+
 MAX_LINE_BYTES = 16 << 20
 """Of a line of JSON, or of a file with one object."""
-MAX_DEPTH = 64
-"""Of brackets within brackets."""
 MAX_SECONDS = 1e9
 """Thirty years; in milliseconds it still fits the sixteen digits of a sorting key."""
 MAX_SCORE = 1e9
@@ -25,7 +24,7 @@ cuts, and one of 100 MB takes all memory."""
 _SHOWN_LETTERS = 80
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_row(text: str | bytes) -> Any:
     """A JSON value of bounded size and depth; NaN and infinities come through, for `bounded_number` to refuse.
 
     Raises:
@@ -33,32 +32,15 @@ def parse_json(text: str | bytes) -> Any:
     """
     if len(text) > MAX_LINE_BYTES:
         raise ValueError(f"{len(text):,} bytes of JSON, more than {MAX_LINE_BYTES:,}")
-    brackets = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
     try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"brackets nested deeper than {MAX_DEPTH}") from None
+        return parse_json(text, strict=False)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text ({error})") from None
-    except ValueError:
-        # The one that Python raises by itself, with a hint for programmers.
-        raise ValueError("a number of thousands of digits") from None
-    # Counting letters is quick, and almost always enough to know that no depth can have been reached.
-    if sum(map(text.count, brackets)) > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH):  # type: ignore[arg-type]
-        raise ValueError(f"brackets nested deeper than {MAX_DEPTH}")
-    return value
-
-
-def _depth_exceeds(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit + 1):
-        containers = [entry for entry in level if isinstance(entry, (dict, list))]
-        if not containers:
-            return False
-        level = list(itertools.chain.from_iterable(c.values() if isinstance(c, dict) else c for c in containers))
-    return True
+    except ValueError as error:
+        # Python's own hint is for programmers.
+        raise ValueError("a number of thousands of digits" if "digits" in str(error) else str(error)) from None
 
 
 def bounded_number(name: str, value: object, least: float, most: float) -> float:

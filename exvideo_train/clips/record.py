@@ -20,7 +20,7 @@ from exvideo_train.clips.bounds import (
     MAX_SECONDS,
     bounded_number,
     clean_caption,
-    parse_json,
+    parse_row,
     shown,
 )
 from exvideo_train.errors import UserError
@@ -183,7 +183,7 @@ def parse_record(line: str, path: Path, number: int) -> ClipRecord:
     where = f"manifest={path} line {number}"
     remedy = "write the manifest with data_prep/build_manifest.py"
     try:
-        content = parse_json(line)
+        content = parse_row(line)
         if not isinstance(content, dict):
             raise ValueError(f"not a JSON object but {type(content).__name__}")
         return _record_from(content, path.parent)

@@ -541,7 +541,7 @@ class Quarantine:
         try:
             check_inside(self.store_path, path)
             content = check_fields(
-                bounds.parse_json(read_regular(path, _MAX_RECORD_BYTES)), _RECORD_FIELDS, others=False
+                bounds.parse_row(read_regular(path, _MAX_RECORD_BYTES)), _RECORD_FIELDS, others=False
             )
             if content["clip_id"] != clip_id:
                 raise ValueError(f"clip_id={short(content['clip_id'])}: the record is of another clip")

@@ -19,7 +19,7 @@ from support.attacks import Attack, attacks, check_ending, held, refused
 from support.processes import ended
 
 from exvideo_train import build_manifest, export, filter_clips, locks, plan, sample
-from exvideo_train.clips.bounds import MAX_DEPTH, MAX_LINE_BYTES
+from exvideo_train.clips.bounds import MAX_LINE_BYTES
 from exvideo_train.clips.journal import Journal
 from exvideo_train.clips.probing import probe_videos
 from exvideo_train.clips.record import ClipRecord, read_manifest
@@ -29,6 +29,7 @@ from exvideo_train.config.latents import EncodeLatents
 from exvideo_train.config.plan import Plan
 from exvideo_train.entry import compose_config, to_dataclass
 from exvideo_train.extensions.adapter_file import write_adapter
+from exvideo_train.files import MAX_JSON_DEPTH
 from exvideo_train.latents.settings import resolve_settings
 
 RECORD = ClipRecord("a" * 32, "folder", "/videos/x.mp4", 0.0, 5.0, "words of a caption")
@@ -49,8 +50,10 @@ LINES = [
     held("a file name that is not UTF-8", line(video="/videos/\udcff.mp4")),
     held("brackets as deep as may be", raw("scores", "{}").replace(b"words", b"[" * 900)),
     refused("nothing but brackets", b"[" * 200_000, "line 2", "brackets nested deeper"),
-    refused("scores of brackets", raw("scores", "[" * 500 + "]" * 500), "line 2", f"deeper than {MAX_DEPTH}"),
-    refused("objects in objects", raw("scores", '{"a":' * 70 + "1" + "}" * 70), "line 2", f"deeper than {MAX_DEPTH}"),
+    refused("scores of brackets", raw("scores", "[" * 500 + "]" * 500), "line 2", f"deeper than {MAX_JSON_DEPTH}"),
+    refused(
+        "objects in objects", raw("scores", '{"a":' * 70 + "1" + "}" * 70), "line 2", f"deeper than {MAX_JSON_DEPTH}"
+    ),
     refused("half an object", line()[:50], "line 2", "not JSON"),
     refused("a list", b"[1, 2]", "line 2", "list"),
     refused("a number alone", b"7", "line 2", "int"),

@@ -11,15 +11,14 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from exvideo_train.clips.bounds import parse_json, shown
-from exvideo_train.clips.container import Reason
+from exvideo_train.clips.bounds import parse_row, shown
 from exvideo_train.clips.record import ClipRecord
-from exvideo_train.clips.sources.base import Dropped, RawRows, as_score, parse_timestamp, span_problem
-from exvideo_train.clips.sources.table import Table
+from exvideo_train.clips.sources.base import Dropped, RawRows, as_score, parse_timestamp
+from exvideo_train.clips.sources.table import SpanTable
 from exvideo_train.clips.sources.text_files import csv_pieces
-from exvideo_train.clips.sources.video_index import VideoIndex
 
 _STAMP = r"""['"](\d+:\d{2}:\d{2}(?:\.\d+)?)['"]"""
 _PAIR = re.compile(rf"\[\s*{_STAMP}\s*,\s*{_STAMP}\s*\]")
@@ -33,22 +32,15 @@ _MAX_COMMAS = 100_000
 
 
 @dataclass
-class Panda70M(Table):
-    """Clips of Panda-70M metadata over a folder of videos named by YouTube id, or by id and span."""
-
-    index: VideoIndex
-    videos_are_cut: bool | None
-    """True or False for files named by id alone; None leaves it to probing."""
+class Panda70M(SpanTable):
+    """Clips of Panda-70M metadata."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.name = "panda70m"
-        self.may_be_cut = self.videos_are_cut is None
 
-    def pieces(self) -> Iterator[RawRows]:
-        yield self.index.refused_folders()
-        for path in self._files:
-            yield from csv_pieces(path, required=("videoID", "timestamp", "caption"))
+    def pieces_of(self, path: Path) -> Iterator[RawRows]:
+        return csv_pieces(path, required=("videoID", "timestamp", "caption"))
 
     def clips(self, row: dict[str, str], where: str) -> list[ClipRecord | Dropped]:
         video_id = row["videoID"]
@@ -66,25 +58,14 @@ class Panda70M(Table):
                 for name, values in columns
                 if values is not None and (score := _SCORE_READERS[name](values[clip])) is not None
             }
-            entries += self._clip(video_id, span, captions[clip] or "", scores, where)
+            caption = captions[clip] or ""
+            if not isinstance(caption, str):
+                raise ValueError(f"caption {shown(caption)} is not text")
+            entries += self.span(video_id, span, caption, scores, where)
         return entries
 
     def video_of(self, row: dict[str, str]) -> str:
         return row.get("videoID", "")
-
-    def _clip(
-        self, video_id: str, span: tuple[float, float], caption: object, scores: dict[str, float], where: str
-    ) -> list[ClipRecord | Dropped]:
-        if not isinstance(caption, str):
-            raise ValueError(f"caption {shown(caption)} is not text")
-        problem = span_problem(*span)
-        if problem:
-            return [Dropped(Reason.BAD_SPAN.value, problem, where, video_id, *span)]
-        found = self.index.find_span(video_id, *span)
-        if found is None:
-            return [Dropped(Reason.MISSING.value, f"no video file is named {video_id}", where, video_id, *span)]
-        path, named_by_span = found
-        return self.clip(video_id, path, span, caption, scores, where, named_by_span or bool(self.videos_are_cut))
 
 
 def _desirable(value: object) -> float | None:
@@ -127,7 +108,7 @@ def parse_list(text: str) -> list[Any]:
     if _STRINGS.fullmatch(text.strip()):
         return [single or double for single, double in _ONE_STRING.findall(text)]
     try:
-        value = parse_json(text)
+        value = parse_row(text)
     except ValueError:
         try:
             # The parser warns of what a stranger's text would mean as a program ("\\d", "1if").

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from exvideo_train.clips.bounds import parse_json, shown
-from exvideo_train.clips.container import UnreadableClip
+from exvideo_train.clips.bounds import parse_row, shown
+from exvideo_train.clips.container import Reason, UnreadableClip
 from exvideo_train.clips.record import ClipRecord
-from exvideo_train.clips.sources.base import MALFORMED_ROW, Dropped, RawRows, Source, metadata_files
+from exvideo_train.clips.sources.base import MALFORMED_ROW, Dropped, RawRows, Source, metadata_files, span_problem
+from exvideo_train.clips.sources.video_index import VideoIndex
 
 # What a row of another shape than expected gives rise to; anything else is a bug.
 _ROW_ERRORS = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
@@ -53,13 +55,52 @@ class Table(Source):
         return ""
 
 
+@dataclass
+class SpanTable(Table):
+    """A table of spans of YouTube videos, over a folder of videos named by YouTube id, or by id and span."""
+
+    index: VideoIndex
+    videos_are_cut: bool | None
+    """True or False for files named by id alone; None leaves it to probing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.may_be_cut = self.videos_are_cut is None
+
+    def pieces(self) -> Iterator[RawRows]:
+        yield self.index.refused_folders()
+        for path in self._files:
+            yield from self.pieces_of(path)
+
+    @abstractmethod
+    def pieces_of(self, path: Path) -> Iterator[RawRows]:
+        """The rows of one file."""
+
+    def span(
+        self, video_id: str, span: tuple[float, float], caption: str, scores: dict[str, float], where: str
+    ) -> list[ClipRecord | Dropped]:
+        """A clip, if its video is there.
+
+        Raises:
+            UnreadableClip: its video may not be read.
+        """
+        problem = span_problem(*span)
+        if problem:
+            return [Dropped(Reason.BAD_SPAN.value, problem, where, video_id, *span)]
+        found = self.index.find_span(video_id, *span)
+        if found is None:
+            return [Dropped(Reason.MISSING.value, f"no video file is named {video_id}", where, video_id, *span)]
+        path, named_by_span = found
+        return self.clip(video_id, path, span, caption, scores, where, named_by_span or bool(self.videos_are_cut))
+
+
 def parse_object(line: str) -> dict[str, Any]:
     """The JSON object of a line.
 
     Raises:
         ValueError: it is none, or beyond the bounds.
     """
-    row = parse_json(line)
+    row = parse_row(line)
     if not isinstance(row, dict):
         raise ValueError(f"{shown(row)} is not a JSON object")
     return row

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exvideo_train.clips.bounds import MAX_LINE_BYTES, parse_json
+from exvideo_train.clips.bounds import MAX_LINE_BYTES, parse_row
 from exvideo_train.clips.container import Reason, UnreadableClip
 from exvideo_train.clips.record import TAR_SEPARATOR, ClipRecord
 from exvideo_train.clips.shards import FOLDER, MAX_MEMBER_BYTES, DamagedShard, Member, iter_members
@@ -203,7 +203,7 @@ def _stems(name: str) -> list[str]:
 
 
 def _as_object(content: bytes) -> dict[str, Any]:
-    value = parse_json(content)
+    value = parse_row(content)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value

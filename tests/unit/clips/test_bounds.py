@@ -8,20 +8,20 @@ import pytest
 
 from exvideo_train.clips.bounds import (
     MAX_CAPTION_LETTERS,
-    MAX_DEPTH,
     MAX_LINE_BYTES,
     Caption,
     bounded_number,
     clean_caption,
-    parse_json,
+    parse_row,
 )
+from exvideo_train.files import MAX_JSON_DEPTH
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "[" * 100_000,
-        "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1),
+        "[" * (MAX_JSON_DEPTH + 1) + "]" * (MAX_JSON_DEPTH + 1),
         "1" * 5000,
         '{"a":',
         b"\xff",
@@ -31,13 +31,18 @@ from exvideo_train.clips.bounds import (
 )
 def test_json_beyond_the_limits_is_a_value_error_with_a_short_message(text):
     with pytest.raises(ValueError, match=r"nested deeper|digits|not JSON|not UTF-8|bytes of JSON") as error:
-        parse_json(text)
+        parse_row(text)
     assert len(str(error.value)) < 200
 
 
 def test_json_within_the_limits_is_read():
-    for value in ({"a": [1, 2.5, None]}, json.loads("[" * MAX_DEPTH + "]" * MAX_DEPTH), [[]] * 1000, int("1" * 4000)):
-        assert parse_json(json.dumps(value)) == value
+    for value in (
+        {"a": [1, 2.5, None]},
+        json.loads("[" * MAX_JSON_DEPTH + "]" * MAX_JSON_DEPTH),
+        [[]] * 1000,
+        int("1" * 4000),
+    ):
+        assert parse_row(json.dumps(value)) == value
 
 
 def test_numbers_are_compared_before_they_are_converted():
