@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from exvideo_train.clips.filter_page import FilterPage
 from exvideo_train.clips.filtering import filter_manifest
 from exvideo_train.clips.judging import FilterOptions
-from exvideo_train.clips.report import ReportBuilder
 from exvideo_train.clips.target import dropped_path, hold_target, measures_path, report_path
 from exvideo_train.config.clips import FilterClips
 from exvideo_train.entry import run_command
@@ -28,7 +28,7 @@ def run(config: FilterClips) -> None:
     if config.num_workers < 0:
         raise UserError(f"num_workers={config.num_workers}: must be 0 (one a core) or more")
     options = FilterOptions(config.geometry, config.filter, config.num_workers, config.timeout_seconds)
-    page = ReportBuilder(config.contact_sheet_clips, config.seed)
+    page = FilterPage(config.contact_sheet_clips, config.seed)
     with hold_target("output", output, {"manifest": [manifest]}):
         report = filter_manifest(manifest, output, options, page)
     print("\n".join(report.lines()))

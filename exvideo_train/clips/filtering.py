@@ -27,7 +27,7 @@ from exvideo_train.errors import UserError
 from exvideo_train.files import publish
 
 if TYPE_CHECKING:
-    from exvideo_train.clips.report import ReportBuilder
+    from exvideo_train.clips.filter_page import FilterPage
 
 EXACT_DUPLICATE = "exact_duplicate"
 NEAR_DUPLICATE = "near_duplicate"
@@ -61,7 +61,7 @@ class FilterReport:
 
 
 def filter_manifest(
-    manifest: Path, output: Path, options: FilterOptions, page: ReportBuilder | None = None
+    manifest: Path, output: Path, options: FilterOptions, page: FilterPage | None = None
 ) -> FilterReport:
     """Write the kept clips, the list of dropped ones and the page; all replace older ones when they are whole.
 
@@ -122,7 +122,7 @@ def _write_outcome(
     verdicts: Path,
     originals: Iterator[str],
     report: FilterReport,
-    page: ReportBuilder | None,
+    page: FilterPage | None,
 ) -> None:
     seen_ids: set[bytes] = set()
     with (

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from exvideo_train.clips import filtering
+from exvideo_train.clips.filter_page import FilterPage
 from exvideo_train.clips.filtering import FilterReport, filter_manifest
 from exvideo_train.clips.judging import FilterOptions, Judged
 from exvideo_train.clips.record import read_manifest, write_manifest
-from exvideo_train.clips.report import ReportBuilder
 from exvideo_train.clips.target import dropped_path, measures_path, report_path
 from exvideo_train.config.clips import FilterThresholds
 from exvideo_train.errors import UserError
@@ -85,7 +85,7 @@ def reasons_of(output: Path) -> dict[str, str]:
 
 def test_every_clip_goes_for_its_own_reason(clips, tmp_path):
     output = tmp_path / "kept.jsonl"
-    report = filter_manifest(clips, output, OPTIONS, ReportBuilder(num_shown=4, seed=0))
+    report = filter_manifest(clips, output, OPTIONS, FilterPage(num_shown=4, seed=0))
     kept = list(read_manifest(output))
     assert [record.caption for record in kept] == ["the good clip", "the second clip"]
     assert (kept[0].fps, kept[0].width, kept[0].height, kept[0].codec) == (25.0, WIDTH, HEIGHT, "h264")
@@ -103,19 +103,23 @@ def test_every_clip_goes_for_its_own_reason(clips, tmp_path):
     assert page.count("data:image/jpeg") >= 6
     assert "https://" not in page
     assert re.search(r"<tr><td>scene_cut<td>1<td>5.0%", page)
-    assert page.count("<svg viewBox") >= 9
+    assert page.count("data:image/png") >= 9
 
 
 def test_the_page_shows_markup_and_names_as_text(clip, tmp_path):
     markup = "<script>alert('x')</script>"
-    record = replace(clip(f"/nowhere/{markup}\udcff\x1b.mp4", 0, 1, markup), scores={markup: 1e9})
-    builder = ReportBuilder(num_shown=2, seed=0)
+    scores = {markup: 1e9, "$x_{$": 0.5, **{f"of a stranger {number}": 0.5 for number in range(60)}}
+    record = replace(clip(f"/nowhere/{markup}\udcff\x1b.mp4", 0, 1, markup), scores=scores)
+    builder = FilterPage(num_shown=2, seed=0)
     builder.see(Judged(record, [markup], markup), kept=False)
     builder.write(tmp_path / "page.html", OPTIONS, FilterReport())
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 5
     assert r"\udcff\x1b.mp4" in page
+    assert "$x {$</figcaption>" in page
+    assert page.count("data:image/png") == 50
+    assert "other scores" in page
 
 
 def test_the_result_does_not_depend_on_workers_or_on_being_interrupted(clips, tmp_path, monkeypatch):

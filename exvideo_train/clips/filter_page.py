@@ -46,12 +46,15 @@ table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:ri
 {text-align:left}.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:1rem}
 .clips{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:.9rem}
 figure{margin:0}figcaption{font-size:12px;color:#444;overflow-wrap:anywhere}.strip{display:flex;gap:2px}
-.strip img{width:33%;height:auto}.why{color:#a3230b;font-weight:600}.kept{fill:#2a78b5}.dropped{fill:#d9a08a}
+.strip img{width:33%;height:auto}.charts img{width:100%}.why{color:#a3230b;font-weight:600}
 """
+_KEPT_COLOR, _DROPPED_COLOR = "#2a78b5", "#d9a08a"
+# A manifest of a stranger may have any number of scores.
+_MOST_CHARTS = 50
 
 
 @dataclass
-class ReportBuilder:
+class FilterPage:
     """Sees every judged clip once, in bounded memory, and draws the page at the end.
 
     Args:
@@ -102,10 +105,14 @@ class ReportBuilder:
             "<h2>Kept and dropped</h2>",
             _table(report),
         ]
-        parts += ["<h2>Measures</h2><p><svg width=12 height=12><rect class=kept width=12 height=12 /></svg> kept "]
-        parts += ["<svg width=12 height=12><rect class=dropped width=12 height=12 /></svg> dropped</p>"]
-        parts += ["<div class=charts>", *(_histogram(name, self._counts[name]) for name in _order(self._counts))]
-        parts += ["</div>"]
+        parts += ["<h2>Measures</h2><p>"]
+        parts += [
+            f"<span style='color:{color}'>&#9632;</span> {words}"
+            for color, words in ((_KEPT_COLOR, "kept"), (_DROPPED_COLOR, "dropped"))
+        ]
+        names = _order(self._counts)
+        parts += ["</p><div class=charts>", *(_histogram(name, self._counts[name]) for name in names[:_MOST_CHARTS])]
+        parts += ["</div>", *([f"<p>{len(names) - _MOST_CHARTS:,} other scores</p>"] if names[_MOST_CHARTS:] else [])]
         for kept, title in ((True, "Kept"), (False, "Dropped")):
             shown = self._chosen[kept]
             # Like every look at a data set's videos, in processes that may die.
@@ -143,28 +150,26 @@ def _table(report: FilterReport) -> str:
 
 
 def _histogram(name: str, counts: np.ndarray) -> str:
-    """Stacked bars as SVG: kept below, dropped above."""
+    """Kept below, dropped stacked above. Its title is HTML: matplotlib would take a name's dollars for formulas."""
+    from matplotlib.figure import Figure
+
     title, low, high = _RANGES.get(name, (name.replace("_", " "), 0.0, 1.0))
-    width, height = 240.0, 90.0
-    top = max(1, int(counts.sum(axis=0).max()))
-    bars = []
-    for place in range(_NUM_BINS):
-        base = height
-        for kind, count in zip(("kept", "dropped"), counts[:, place], strict=True):
-            size = height * int(count) / top
-            base -= size
-            if count:
-                step = width / _NUM_BINS
-                bars.append(
-                    f"<rect class={kind} x={place * step:.1f} y={base:.1f} width={step - 0.5:.1f} height={size:.1f} />"
-                )
-    return (
-        f"<figure><svg viewBox='0 0 {width:g} {height + 14:g}' width='100%' role=img aria-label='{_text(title)}'>"
-        f"{''.join(bars)}<line x1=0 x2={width:g} y1={height:g} y2={height:g} stroke='#999'/>"
-        f"<text x=0 y={height + 12:g} font-size=10>{low:g}</text>"
-        f"<text x={width:g} y={height + 12:g} font-size=10 text-anchor=end>{high:g}</text></svg>"
-        f"<figcaption>{_text(title)}</figcaption></figure>"
-    )
+    figure = Figure(figsize=(2.5, 1.1), layout="constrained")
+    axes = figure.subplots()
+    edges = np.linspace(low, high, _NUM_BINS + 1)
+    axes.stairs(counts.sum(axis=0), edges, fill=True, color=_DROPPED_COLOR)
+    axes.stairs(counts[0], edges, fill=True, color=_KEPT_COLOR)
+    axes.set_xticks([low, high], [f"{low:g}", f"{high:g}"])
+    axes.set_yticks([])
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=200)
+    caption = f"<figcaption>{_text(title)}</figcaption>"
+    return f"<figure>{_picture(content.getvalue(), 'png', _text(title))}{caption}</figure>"
+
+
+def _picture(content: bytes, kind: str, alternative: str = "") -> str:
+    return f"<img alt='{alternative}' src='data:image/{kind};base64,{base64.b64encode(content).decode()}'>"
 
 
 def _to_look_at(judged: Judged) -> ClipRecord | None:
@@ -201,8 +206,8 @@ def _thumbnails(record: ClipRecord | None) -> str:
         for _, frame_HWC in iter_frames(record.video, moments, _THUMBNAIL_HEIGHT, _THUMBNAIL_WIDTH, num_threads=1):
             content = io.BytesIO()
             Image.fromarray(frame_HWC).save(content, "JPEG", quality=80)
-            pictures.append(base64.b64encode(content.getvalue()).decode())
+            pictures.append(_picture(content.getvalue(), "jpeg"))
     except UnreadableClip:
         # Its reason stands in the caption already; whatever could be decoded is shown.
         pass
-    return "".join(f"<img alt='' src='data:image/jpeg;base64,{picture}'>" for picture in pictures)
+    return "".join(pictures)
