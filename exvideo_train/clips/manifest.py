@@ -1,8 +1,7 @@
 """Data set metadata and videos -> a manifest: streamed, sorted, without duplicates, probed in parallel.
 
-Rows are parsed in worker processes, each of which writes sorted runs; the runs are merged as the manifest is written.
-So neither the metadata nor the manifest is ever in memory, and the result depends on neither the order of the rows
-nor the number of workers.
+Rows are parsed in worker processes and sorted on disk: neither the metadata nor the manifest is ever in memory, and the
+result depends on neither the order of the rows nor the number of workers.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from exvideo_train.clips.container import Reason, VideoInfo
 from exvideo_train.clips.probing import probe_videos
 from exvideo_train.clips.record import ClipRecord, parse_record
-from exvideo_train.clips.sorting import merge_runs, write_run
+from exvideo_train.clips.sorting import ClipRow, SortedRows, clip_row
 from exvideo_train.clips.sources.base import KEPT_REASONS, Dropped, RawRows, Source
 from exvideo_train.clips.target import dropped_path, failed_path, working_folder
 from exvideo_train.clips.workers import Failure, parallel_map
@@ -31,9 +31,8 @@ from exvideo_train.errors import UserError
 from exvideo_train.files import publish
 
 DUPLICATE = "duplicate"
-# Sorting key and content of a line in a run; both are free of control characters.
-_SEPARATOR = "\x01"
 _PROBES = "probes.sqlite"
+_SORTING = "sorting"
 # Letters of one text in the list of drops: what was dropped for its size is not to be found there in full.
 _MAX_DETAIL = 1000
 _PARSE_TIMEOUT_SECONDS = 3600.0
@@ -100,26 +99,25 @@ def build_manifest(source: Source, manifest: Path, options: BuildOptions) -> Man
         UserError: no clip at all can be used, or the target cannot be written.
     """
     folder = working_folder(manifest)
-    runs = folder / "runs"
+    sorting = folder / _SORTING
     try:
-        shutil.rmtree(runs, ignore_errors=True)
-        runs.mkdir(parents=True)
+        shutil.rmtree(sorting, ignore_errors=True)
+        sorting.mkdir(parents=True)
     except OSError as error:
         raise UserError(
             f"manifest={manifest}: cannot write {folder}: {error.strerror}; choose a writable folder"
         ) from None
     report = ManifestReport()
-    num_rows = _write_runs(source, runs, options)
-    drops: list[Path] = sorted(runs.glob("dropped-*"))
     late_drops, clips, dropped = folder / "late_drops.jsonl", folder / "clips.jsonl", folder / "dropped.jsonl"
-    rows = merge_runs(sorted(runs.glob("clips-*")), runs)
-    with open(late_drops, "w", encoding="utf-8") as late:
-        lines = _without_duplicates(rows, report, late)
+    with closing(SortedRows(sorting / "rows.sqlite")) as rows, open(late_drops, "w", encoding="utf-8") as late:
+        num_rows = _parse(source, rows, options)
+        lines = _without_duplicates(rows.clips(), report, late)
         if options.probe:
             lines = _probed(lines, source.may_be_cut, folder / _PROBES, options, report, late)
         bar = tqdm(lines, "writing clips", num_rows, unit="clip", unit_scale=True, disable=not options.progress)
         _write_clips(clips, bar, report)
-    _write_drops(dropped, drops, late_drops, runs, report)
+        late.flush()
+        _write_drops(dropped, rows.dropped(), late_drops, report)
     if report.num_clips == 0:
         listed = dropped_path(failed_path(manifest))
         publish({dropped: listed})
@@ -137,11 +135,9 @@ def _why_empty(manifest: Path, listed: Path, report: ManifestReport) -> str:
     )
 
 
-def _write_runs(source: Source, runs: Path, options: BuildOptions) -> int:
+def _parse(source: Source, rows: SortedRows, options: BuildOptions) -> int:
     """Parse everything; returns the number of clips, duplicates included."""
     num_clips = 0
-    parse = partial(_parse_piece, source, runs)
-    pieces = enumerate(source.pieces())
     with tqdm(
         total=source.total_progress(),
         unit=source.progress_unit,
@@ -150,52 +146,37 @@ def _write_runs(source: Source, runs: Path, options: BuildOptions) -> int:
         disable=not options.progress,
     ) as bar:
         results = parallel_map(
-            parse, pieces, options.num_workers, _PARSE_TIMEOUT_SECONDS, tasks_per_worker=10**9, ahead_per_worker=2
+            partial(_parse_piece, source),
+            source.pieces(),
+            options.num_workers,
+            _PARSE_TIMEOUT_SECONDS,
+            tasks_per_worker=10**9,
+            ahead_per_worker=2,
         )
-        for (_, piece), found in results:
+        for piece, found in results:
             if isinstance(found, Failure):
                 raise UserError(f"{piece.where}: reading it failed: {found.detail}")
-            num_clips += found
+            clips, dropped = found
+            rows.add(clips, dropped)
+            num_clips += len(clips)
             bar.update(piece.progress)
     return num_clips
 
 
-def _parse_piece(source: Source, runs: Path, numbered: tuple[int, RawRows]) -> int:
-    """One worker's task: parse a piece, write its clips and its drops as sorted runs; returns the number of clips."""
-    number, piece = numbered
-    try:
-        return _write_piece(source, runs, number, piece)
-    except OSError as error:
-        # A traceback from a worker would hide what a user can repair: a full disk, a folder that may not be read.
-        raise UserError(
-            f"{piece.where}: {error.filename or runs}: {error.strerror}; repair it, then run again"
-        ) from None
-
-
-def _write_piece(source: Source, runs: Path, number: int, piece: RawRows) -> int:
-    clips: list[str] = []
+def _parse_piece(source: Source, piece: RawRows) -> tuple[list[ClipRow], list[str]]:
+    """One worker's task: clips and drops of a piece."""
+    clips: list[ClipRow] = []
     drops: list[str] = []
-    for entry in source.parse(piece):
-        if isinstance(entry, ClipRecord):
-            clips.append(f"{_sort_key(entry)}{_SEPARATOR}{entry.to_json()}\n")
-        else:
-            drops.append(_drop_line(entry))
-    if clips:
-        write_run(runs / f"clips-{number:09d}", clips)
-    if drops:
-        write_run(runs / f"dropped-{number:09d}", drops)
-    return len(clips)
-
-
-def _sort_key(record: ClipRecord) -> str:
-    """By video, so that each is opened once, then by span; two clips with one id are always neighbours.
-
-    The id depends on the data set's span, which a cut video's record no longer shows, so it closes the key.
-    """
-    start_ms = round(record.start_seconds * 1000)
-    end_ms = 10**15 if record.end_seconds is None else round(record.end_seconds * 1000)
-    video = record.video.replace("\\", "\\\\").replace("\n", "\\n").replace(_SEPARATOR, "\\1")
-    return f"{video}\t{start_ms:016d}\t{end_ms:016d}\t{record.clip_id}"
+    try:
+        for entry in source.parse(piece):
+            if isinstance(entry, ClipRecord):
+                clips.append(clip_row(entry))
+            else:
+                drops.append(_drop_line(entry))
+    except OSError as error:
+        # A traceback from a worker would hide what a user can repair: a folder that may not be read.
+        raise UserError(f"{piece.where}: {error.filename}: {error.strerror}; repair it, then run again") from None
+    return clips, drops
 
 
 def _drop_line(drop: Dropped) -> str:
@@ -204,12 +185,12 @@ def _drop_line(drop: Dropped) -> str:
     return json.dumps(content, ensure_ascii=True) + "\n"
 
 
-def _without_duplicates(lines: Iterable[str], report: ManifestReport, late: TextIO) -> Iterator[tuple[str, str]]:
+def _without_duplicates(
+    rows: Iterable[tuple[bytes, str, str]], report: ManifestReport, late: TextIO
+) -> Iterator[tuple[bytes, str]]:
     """(video, JSON) with each id once: of rows with equal source, video and span the first in sorted order stays."""
     previous = ""
-    for line in lines:
-        key, _, content = line.partition(_SEPARATOR)
-        video, _, _, clip_id = key.rsplit("\t", 3)
+    for video, clip_id, content in rows:
         if clip_id == previous:
             report.dropped[DUPLICATE] += 1
             record = parse_record(content, Path("/"), 0)
@@ -224,17 +205,18 @@ def _dropped(record: ClipRecord, reason: str, detail: str) -> Dropped:
 
 
 def _probed(
-    lines: Iterator[tuple[str, str]],
+    lines: Iterator[tuple[bytes, str]],
     may_be_cut: bool,
     journal_path: Path,
     options: BuildOptions,
     report: ManifestReport,
     late: TextIO,
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[tuple[bytes, str]]:
     """Fill in what probing finds, each video opened once; drop clips whose video or span is unusable."""
-    same_video = ([text for _, text in group] for _, group in groupby(lines, key=lambda line: line[0]))
-    # The record has the video's name itself, the sorting key one without line breaks.
-    groups = ((parse_record(texts[0], Path("/"), 0).video, texts) for texts in same_video)
+    groups = (
+        (video.decode("utf-8", "surrogatepass"), [text for _, text in group])
+        for video, group in groupby(lines, key=lambda line: line[0])
+    )
     for texts, found in probe_videos(groups, journal_path, options.num_workers, options.timeout_seconds):
         for text in texts:
             record = parse_record(text, Path("/"), 0)
@@ -243,7 +225,7 @@ def _probed(
                 report.dropped[result.reason] += 1
                 late.write(_drop_line(_dropped(record, result.reason, result.detail)))
             else:
-                yield record.video, result.to_json() + "\n"
+                yield record.video.encode("utf-8", "surrogatepass"), result.to_json()
 
 
 def _with_info(record: ClipRecord, info: VideoInfo, may_be_cut: bool) -> ClipRecord | Failure:
@@ -269,19 +251,19 @@ def _with_info(record: ClipRecord, info: VideoInfo, may_be_cut: bool) -> ClipRec
     )
 
 
-def _write_clips(path: Path, lines: Iterable[tuple[str, str]], report: ManifestReport) -> None:
-    previous = ""
-    with open(path, "w", encoding="utf-8", errors="surrogateescape") as stream:
+def _write_clips(path: Path, lines: Iterable[tuple[bytes, str]], report: ManifestReport) -> None:
+    previous = b""
+    with open(path, "w", encoding="utf-8") as stream:
         for video, content in lines:
-            stream.write(content)
+            stream.write(content + "\n")
             report.num_clips += 1
             report.num_videos += video != previous
             previous = video
 
 
-def _write_drops(path: Path, drops: list[Path], late: Path, folder: Path, report: ManifestReport) -> None:
+def _write_drops(path: Path, drops: Iterable[str], late: Path, report: ManifestReport) -> None:
     with open(path, "w", encoding="utf-8") as stream:
-        for line in merge_runs(drops, folder):
+        for line in drops:
             report.dropped[json.loads(line)["reason"]] += 1
             stream.write(line)
         with open(late, encoding="utf-8") as lines:

@@ -16,8 +16,8 @@ from exvideo_train.clips.bounds import MAX_LINE_BYTES
 from exvideo_train.clips.sources.base import MALFORMED_ROW, Dropped, RawRows
 from exvideo_train.errors import UserError
 
-# One worker's task. Larger pieces make longer sorted runs, smaller ones less memory a worker.
-PIECE_BYTES = 4 << 20
+# One worker's task, whose clips, several times as large, wait in the parent's memory.
+PIECE_BYTES = 1 << 20
 MAX_ROW_LINES = 256
 """Of one row of a CSV: a quote that is not closed by then is taken for a mistake, and its line alone dropped."""
 _BOM = b"\xef\xbb\xbf"

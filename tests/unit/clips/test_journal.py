@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from support.disk import full_disk
 
 from exvideo_train.clips.journal import Journal
 from exvideo_train.errors import UserError
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file of this process can grow meanwhile."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_was_noted_is_found_until_the_file_changes(tmp_path: Path) -> None:

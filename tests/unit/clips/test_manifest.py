@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.disk import full_disk
 
 from exvideo_train.clips import manifest as manifest_module
 from exvideo_train.clips.manifest import BuildOptions, build_manifest
-from exvideo_train.clips.record import make_clip_id, read_manifest
-from exvideo_train.clips.sorting import merge_runs, write_run
+from exvideo_train.clips.record import ClipRecord, make_clip_id, read_manifest
+from exvideo_train.clips.sorting import SortedRows, clip_row
 from exvideo_train.clips.sources import text_files
 from exvideo_train.clips.sources.folder import CaptionedFolder
 from exvideo_train.clips.sources.internvid import InternVid
@@ -100,7 +101,7 @@ def test_the_manifest_depends_on_neither_row_order_nor_workers(tmp_path, monkeyp
     manifests = []
     for number, num_workers in enumerate((1, 3)):
         rng.shuffle(rows)
-        # Many small runs, so that merging is put to work.
+        # Many small pieces, so that sorting is put to work.
         monkeypatch.setattr(text_files, "PIECE_BYTES", 4000)
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -115,14 +116,35 @@ def test_the_manifest_depends_on_neither_row_order_nor_workers(tmp_path, monkeyp
     assert records == sorted(records, key=lambda r: (r.video, r.start_seconds, r.end_seconds))
 
 
-def test_more_runs_than_can_be_open_are_merged_in_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr("exvideo_train.clips.sorting._FAN_IN", 3)
-    lines = [f"{number * 7919 % 1000:04d}\n" for number in range(1000)]
-    runs = []
-    for number in range(0, 1000, 40):
-        runs.append(tmp_path / f"run-{number}")
-        write_run(runs[-1], lines[number : number + 40])
-    assert list(merge_runs(runs, tmp_path)) == sorted(lines)
+def test_rows_are_sorted_by_code_points_whoever_adds_them(tmp_path):
+    names = ["/a", "/a b", "/a\nb", "/a\tb", "/\udcff", "/\ue000", "/\U0001f600", "/\\"]
+    records = [
+        ClipRecord("abc", "test", name, start, end, caption)
+        for name in names
+        for start, end in ((0.0, None), (2.0, 10.0), (10.0, 11.0))
+        for caption in ("", "\u00e9", "z")
+    ]
+    drops = [f'{{"reason": "{number * 7919 % 1000}"}}\n' for number in range(100)]
+    expected = [
+        (record.video, record.to_json())
+        for record in sorted(records, key=lambda r: (r.video, r.start_seconds, r.end_seconds or 1e9, r.to_json()))
+    ]
+    random.Random(0).shuffle(records)
+    rows = SortedRows(tmp_path / "rows.sqlite")
+    for number in range(0, 100, 10):
+        rows.add(map(clip_row, records[number : number + 10]), drops[number : number + 10])
+    found = [(video.decode("utf-8", "surrogatepass"), content) for video, _, content in rows.clips()]
+    assert found == expected
+    assert list(rows.dropped()) == sorted(drops)
+    rows.close()
+
+
+def test_a_full_disk_while_rows_are_sorted_is_told(tmp_path):
+    rows = SortedRows(tmp_path / "rows.sqlite")
+    row = clip_row(ClipRecord("abc", "test", "/a", 0.0, None, "words " * 3000))
+    with full_disk(), pytest.raises(UserError, match=r"rows\.sqlite: .*free space, then run again"):
+        rows.add([row] * 3000, [])
+    rows.close()
 
 
 def test_nothing_usable_is_an_error_and_leaves_no_manifest(tmp_path):
