@@ -159,7 +159,7 @@ def _analyse(task: tuple[str, float, float | None, float, float] | None) -> _Fin
 
 
 def _content_digest(video: str, start: float, end: float | None) -> str:
-    """Equal for copies of a file with the same span: its size and samples of its content, not its name."""
+    """Equal for copies of a file with the same span: its size and pieces of its content, not its name."""
     digest = hashlib.blake2b(repr((round(start, 3), end)).encode(), digest_size=8)
     with open_bytes(video) as (stream, size):
         digest.update(str(size).encode())

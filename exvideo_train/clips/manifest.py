@@ -108,16 +108,17 @@ def build_manifest(source: Source, manifest: Path, options: BuildOptions) -> Man
             f"manifest={manifest}: cannot write {folder}: {error.strerror}; choose a writable folder"
         ) from None
     report = ManifestReport()
-    late_drops, clips, dropped = folder / "late_drops.jsonl", folder / "clips.jsonl", folder / "dropped.jsonl"
-    with closing(SortedRows(sorting / "rows.sqlite")) as rows, open(late_drops, "w", encoding="utf-8") as late:
+    clips, dropped = folder / "clips.jsonl", folder / "dropped.jsonl"
+    with closing(SortedRows(sorting / "rows.sqlite")) as rows, open(dropped, "w", encoding="utf-8") as drops:
         num_rows = _parse(source, rows, options)
-        lines = _without_duplicates(rows.clips(), report, late)
+        for line in rows.dropped():
+            report.dropped[json.loads(line)["reason"]] += 1
+            drops.write(line)
+        lines = _without_duplicates(rows.clips(), report, drops)
         if options.probe:
-            lines = _probed(lines, source.may_be_cut, folder / _PROBES, options, report, late)
+            lines = _probed(lines, source.may_be_cut, folder / _PROBES, options, report, drops)
         bar = tqdm(lines, "writing clips", num_rows, unit="clip", unit_scale=True, disable=not options.progress)
         _write_clips(clips, bar, report)
-        late.flush()
-        _write_drops(dropped, rows.dropped(), late_drops, report)
     if report.num_clips == 0:
         listed = dropped_path(failed_path(manifest))
         publish({dropped: listed})
@@ -186,7 +187,7 @@ def _drop_line(drop: Dropped) -> str:
 
 
 def _without_duplicates(
-    rows: Iterable[tuple[bytes, str, str]], report: ManifestReport, late: TextIO
+    rows: Iterable[tuple[bytes, str, str]], report: ManifestReport, drops: TextIO
 ) -> Iterator[tuple[bytes, str]]:
     """(video, JSON) with each id once: of rows with equal source, video and span the first in sorted order stays."""
     previous = ""
@@ -194,7 +195,7 @@ def _without_duplicates(
         if clip_id == previous:
             report.dropped[DUPLICATE] += 1
             record = parse_record(content, Path("/"), 0)
-            late.write(_drop_line(_dropped(record, DUPLICATE, "same source, video and span as a clip before it")))
+            drops.write(_drop_line(_dropped(record, DUPLICATE, "same source, video and span as a clip before it")))
             continue
         previous = clip_id
         yield video, content
@@ -210,7 +211,7 @@ def _probed(
     journal_path: Path,
     options: BuildOptions,
     report: ManifestReport,
-    late: TextIO,
+    drops: TextIO,
 ) -> Iterator[tuple[bytes, str]]:
     """Fill in what probing finds, each video opened once; drop clips whose video or span is unusable."""
     groups = (
@@ -223,7 +224,7 @@ def _probed(
             result = found if isinstance(found, Failure) else _with_info(record, found, may_be_cut and len(texts) == 1)
             if isinstance(result, Failure):
                 report.dropped[result.reason] += 1
-                late.write(_drop_line(_dropped(record, result.reason, result.detail)))
+                drops.write(_drop_line(_dropped(record, result.reason, result.detail)))
             else:
                 yield record.video.encode("utf-8", "surrogatepass"), result.to_json()
 
@@ -259,12 +260,3 @@ def _write_clips(path: Path, lines: Iterable[tuple[bytes, str]], report: Manifes
             report.num_clips += 1
             report.num_videos += video != previous
             previous = video
-
-
-def _write_drops(path: Path, drops: Iterable[str], late: Path, report: ManifestReport) -> None:
-    with open(path, "w", encoding="utf-8") as stream:
-        for line in drops:
-            report.dropped[json.loads(line)["reason"]] += 1
-            stream.write(line)
-        with open(late, encoding="utf-8") as lines:
-            stream.writelines(lines)
