@@ -46,7 +46,8 @@ table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:ri
 {text-align:left}.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:1rem}
 .clips{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:.9rem}
 figure{margin:0}figcaption{font-size:12px;color:#444;overflow-wrap:anywhere}.strip{display:flex;gap:2px}
-.strip img{width:33%;height:auto}.charts img{width:100%}.why{color:#a3230b;font-weight:600}
+.strip img{width:33%;height:auto}.charts img{width:100%}
+.key{display:inline-block;width:12px;height:12px}.why{color:#a3230b;font-weight:600}
 """
 _KEPT_COLOR, _DROPPED_COLOR = "#2a78b5", "#d9a08a"
 # A manifest of a stranger may have any number of scores.
@@ -107,7 +108,7 @@ class FilterPage:
         ]
         parts += ["<h2>Measures</h2><p>"]
         parts += [
-            f"<span style='color:{color}'>&#9632;</span> {words}"
+            f"<span class=key style='background:{color}'></span> {words}"
             for color, words in ((_KEPT_COLOR, "kept"), (_DROPPED_COLOR, "dropped"))
         ]
         names = _order(self._counts)
