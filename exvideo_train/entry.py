@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from enum import Enum
@@ -33,6 +34,7 @@ from exvideo_train.terminal import EscapedStream, escaped
 ConfigT = TypeVar("ConfigT")
 
 USER_ERROR_STATUS = 2
+SECONDS_TO_TELL = 3.0
 HYDRA_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 
 
@@ -54,6 +56,7 @@ def run_command(config_class: type[ConfigT], main: Callable[[ConfigT], None], na
 
     A :class:`UserError` ends the process with status 2 and its message alone.
     """
+    options: ConfigT | None = None
     try:
         flags, overrides = _split_arguments(_without_launcher_arguments(sys.argv[1:]))
         config = compose_config(name, quote_overrides(overrides, config_class), config_class)
@@ -62,10 +65,16 @@ def run_command(config_class: type[ConfigT], main: Callable[[ConfigT], None], na
         elif "--cfg" in flags:
             print(OmegaConf.to_yaml(config), end="")
         else:
+            options = to_dataclass(config, config_class)
             # Names and headers of foreign files are printed all over: none of them reaches the terminal as it is.
             with redirect_stdout(EscapedStream(sys.stdout)):
-                main(to_dataclass(config, config_class))
+                main(options)
     except UserError as error:
+        if options is None and os.environ.get("LOCAL_RANK", "0") != "0":
+            # All ranks of a machine are given the same options, and the first tells the mistake. Launchers end all
+            # ranks as soon as one ends.
+            time.sleep(SECONDS_TO_TELL)
+            raise SystemExit(USER_ERROR_STATUS) from None
         print(f"error: {escaped(str(error))}", file=sys.stderr, flush=True)
         raise SystemExit(USER_ERROR_STATUS) from None
 

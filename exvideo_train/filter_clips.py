@@ -10,7 +10,6 @@ from exvideo_train.clips.judging import FilterOptions
 from exvideo_train.clips.target import dropped_path, hold_target, measures_path, report_path
 from exvideo_train.config.clips import FilterClips
 from exvideo_train.entry import run_command
-from exvideo_train.errors import UserError
 
 USAGE = """
 Choose the clips of a manifest that are long, uncut, moving and unique enough for an experiment.
@@ -23,10 +22,6 @@ python data_prep/filter_clips.py +exp=129f manifest=clips.jsonl output=kept.json
 def run(config: FilterClips) -> None:
     """Filter and print the table."""
     manifest, output = Path(config.manifest), Path(config.output)
-    if not config.timeout_seconds > 0:
-        raise UserError(f"timeout_seconds={config.timeout_seconds}: must be positive")
-    if config.num_workers < 0:
-        raise UserError(f"num_workers={config.num_workers}: must be 0 (one a core) or more")
     options = FilterOptions(config.geometry, config.filter, config.num_workers, config.timeout_seconds)
     page = FilterPage(config.contact_sheet_clips, config.seed)
     with hold_target("output", output, {"manifest": [manifest]}):

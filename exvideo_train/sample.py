@@ -29,10 +29,10 @@ def sample(config: Sample) -> None:
     geometry = config.geometry
     prompts = read_prompts(config)
 
-    from exvideo_train.models.registry import backbone_family, check_geometry, known_family, likely_family
+    from exvideo_train.models.registry import backbone_family, check_geometries, known_family, likely_family
     from exvideo_train.models.stages import SamplerSettings
 
-    check_geometry(geometry, config.model.path)
+    check_geometries([geometry], config.model.path)
     settings = SamplerSettings(
         scheduler=config.scheduler.value,
         num_inference_steps=config.num_inference_steps,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Annotated
 
 from omegaconf import MISSING
 
 from exvideo_train.config.experiment import Experiment
+from exvideo_train.config.options import Options, Range
 
 
 class SourceKind(Enum):
@@ -28,7 +30,7 @@ class VideoLayout(Enum):
 
 
 @dataclass
-class BuildManifest:
+class BuildManifest(Options):
     source: SourceKind = MISSING
     """internvid (JSON lines), panda70m (CSV), webdataset (video2dataset output: folders or .tar shards), folder
     (name.txt beside name.mp4, or a table given as metadata)."""
@@ -55,14 +57,14 @@ class BuildManifest:
     probe: bool = True
     """Open every video for its rate, size, length and codec, and drop what cannot be opened. false leaves this to
     filter_clips and takes a minute for a million rows."""
-    num_workers: int = 0
+    num_workers: Annotated[int, Range(0)] = 0
     """Processes; 0 takes one for each core."""
-    timeout_seconds: float = 60.0
+    timeout_seconds: Annotated[float, Range(above=0)] = 60.0
     """Seconds that probing one video may take before its process is killed and the video dropped."""
 
 
 @dataclass
-class FilterThresholds:
+class FilterThresholds(Options, group="filter"):
     max_fps: float = 0.0
     """Frames a second at which clips too short for the experiment's rate may be sampled instead; 0 allows none. With
     129 frames, 16 admits 8 s clips. A clip gets the least rate that fits it."""
@@ -107,9 +109,9 @@ class FilterClips(Experiment):
     """Manifest of the kept clips. NAME.dropped.jsonl lists the others with reasons, NAME.report.html shows both."""
     filter: FilterThresholds = field(default_factory=FilterThresholds)
     """Thresholds."""
-    num_workers: int = 0
+    num_workers: Annotated[int, Range(0)] = 0
     """Processes; 0 takes one for each core."""
-    timeout_seconds: float = 300.0
+    timeout_seconds: Annotated[float, Range(above=0)] = 300.0
     """Seconds that judging one clip may take before its process is killed and the clip dropped."""
     contact_sheet_clips: int = 24
     """Random clips shown in the report, of those kept and of those dropped each."""

@@ -11,6 +11,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from exvideo_train.config.experiment import Experiment
+from exvideo_train.config.options import Options
 
 
 class AdapterFormat(Enum):
@@ -42,7 +43,7 @@ class Train(Experiment):
 
 
 @dataclass
-class Export:
+class Export(Options):
     run_dir: str = MISSING
     """Run folder of launch/train.py."""
     adapter: str = MISSING

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 
+from exvideo_train.config.options import Options, Range
+from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 
 
@@ -56,6 +58,11 @@ class SamplerKind(Enum):
     dpm = "dpm"
 
 
+# What can be meant, as wide as that: beyond it a number is a slip of the keyboard, and some end hours later.
+MANY = 10**9
+# Beyond it alpha / rank has no use, and near the ends of float32 the update would become infinite or nothing.
+ALPHA = Range(1e-6, 1e6, advice="alpha equal to rank scales updates by 1")
+
 LORA_TARGETS = [
     "attn1.to_q",
     "attn1.to_k",
@@ -69,7 +76,7 @@ LORA_TARGETS = [
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Options, group="model"):
     path: str = "zai-org/CogVideoX-5b"
     """A folder in the published layout (transformer/ vae/ text_encoder/ tokenizer/ scheduler/) or a hub id."""
     revision: str | None = None
@@ -79,64 +86,74 @@ class ModelConfig:
 
 
 @dataclass
-class LoraConfig:
-    rank: int = 64
+class LoraConfig(Options, group="lora"):
+    rank: Annotated[int, Range(1, 8192, advice="64 is the default of exp=129f")] = 64
     """Rank of each update. 64 on the eight Linears of 42 blocks is 250,478,592 parameters, 1.0 GB in fp32."""
-    alpha: float = 64.0
+    alpha: Annotated[float, ALPHA] = 64.0
     """Scale numerator: the update is alpha/rank * B @ A. Equal to rank, no program can get the scale wrong."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(0, below=1)] = 0.0
     """Dropout before A, 0..1. Recomputation stays exact with it; few long clips may profit from 0.05."""
     targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
     """Suffixes of the Linears that get an update, as published in the checkpoint's names."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.targets:
+            raise UserError("lora.targets=[]: nothing would be trained; name at least one Linear, e.g. attn1.to_q")
+
 
 @dataclass
-class OptimConfig:
-    lr: float = 1e-4
+class OptimConfig(Options, group="optim"):
+    lr: Annotated[float, Range(above=0, most=1, advice="1e-4 is the default")] = 1e-4
     """Peak learning rate of AdamW."""
     schedule: LearningRateSchedule = LearningRateSchedule.cosine
     """Shape after warm-up, from lr to lr * final_lr_ratio at max_steps: constant, cosine, linear."""
-    warmup_steps: int = 100
+    warmup_steps: Annotated[int, Range(0, MANY)] = 100
     """Optimizer steps of linear warm-up from 0."""
-    final_lr_ratio: float = 0.1
+    final_lr_ratio: Annotated[float, Range(0, 1)] = 0.1
     """Learning rate at max_steps as a share of lr (cosine and linear)."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: Annotated[list[float], Range(0, below=1)] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's decay of the first and second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, Range(0, 1)] = 1e-8
     """AdamW's epsilon."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Range(0, 10)] = 1e-4
     """AdamW's decoupled weight decay."""
-    gradient_clip: float = 1.0
+    gradient_clip: Annotated[float, Range(0, 1e6)] = 1.0
     """Largest gradient norm of one optimizer step, over all ranks and micro-steps; 0 turns clipping off."""
-    accumulation_steps: int = 1
+    accumulation_steps: Annotated[int, Range(1, 10_000)] = 1
     """Micro-steps added up to one optimizer step."""
-    ema_decay: float = 0.0
+    ema_decay: Annotated[float, Range(0, below=1)] = 0.0
     """Decay of the adapter's moving average a step; 0 keeps none. 0.999 averages about 1000 steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.betas) != 2:
+            raise UserError(f"optim.betas={self.betas}: must be two numbers, like [0.9,0.95]")
 
 
 @dataclass
-class DataConfig:
-    batch_size: int = 1
+class DataConfig(Options, group="data"):
+    batch_size: Annotated[int, Range(1, 10_000)] = 1
     """Samples of the experiment's geometry a data-parallel rank and micro-step."""
     geometries: list[str] = field(default_factory=list)
     """Geometries of the store to mix, as names like 49x480x720_8fps; empty takes the experiment's own."""
-    token_budget: int = 0
+    token_budget: Annotated[int, Range(0, MANY)] = 0
     """Video tokens a data-parallel rank and micro-step when geometries are mixed: shorter clips then come
     several at a time. 0 takes batch_size of every geometry."""
-    caption_dropout: float = 0.1
+    caption_dropout: Annotated[float, Range(0, below=1)] = 0.1
     """Share of samples trained with the empty prompt, so that guidance works in sampling."""
-    num_workers: int = 2
+    num_workers: Annotated[int, Range(0, 256)] = 2
     """Processes that read and prepare samples ahead of the step, a rank; 0 reads in the training process."""
-    max_corrupt_clips: int = 100
+    max_corrupt_clips: Annotated[int, Range(0, MANY)] = 100
     """Corrupt latent files that are replaced by the next clip before the run stops."""
-    held_out_clips: int = 0
+    held_out_clips: Annotated[int, Range(0, MANY)] = 0
     """Clips never trained on, the same for every run over the store: they are the validation set. At most a quarter
     of the store."""
 
 
 @dataclass
-class MemoryConfig:
-    zero_stage: int = 2
+class MemoryConfig(Options, group="memory"):
+    zero_stage: Annotated[int, Range(1, 3, advice="2 is the default")] = 2
     """DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory: saves 3 GB over N ranks for a slower step."""
@@ -151,14 +168,14 @@ class MemoryConfig:
 
 
 @dataclass
-class ParallelConfig:
+class ParallelConfig(Options, group="parallel"):
     sequence: int = 1
     """Ranks that share one sample's joint sequence (Ulysses); divides the world size and the heads."""
 
 
 @dataclass
-class LoggerConfig:
-    log_every_steps: int = 1
+class LoggerConfig(Options, group="logger"):
+    log_every_steps: Annotated[int, Range(1, MANY)] = 1
     """Steps between console lines and records in metrics.jsonl; only these steps synchronise the device."""
     wandb: bool = False
     """Log to Weights & Biases; WANDB_MODE=offline keeps it local."""
@@ -171,46 +188,46 @@ class LoggerConfig:
 
 
 @dataclass
-class CheckpointConfig:
-    every_steps: int = 250
+class CheckpointConfig(Options, group="checkpoint"):
+    every_steps: Annotated[int, Range(0, MANY)] = 250
     """Optimizer steps between checkpoints; one is always written at the end. 0 writes only that."""
-    keep_last: int = 2
+    keep_last: Annotated[int, Range(0, MANY)] = 2
     """Newest checkpoints kept."""
-    keep_every: int = 0
+    keep_every: Annotated[int, Range(0, MANY)] = 0
     """Checkpoints at multiples of this many steps are kept for ever; 0 keeps none."""
 
 
 @dataclass
-class ValidationConfig:
-    every_steps: int = 250
+class ValidationConfig(Options, group="validation"):
+    every_steps: Annotated[int, Range(0, MANY)] = 250
     """Optimizer steps between validations, the first before step 0; 0 turns it off. Needs data.held_out_clips."""
-    timestep_quantiles: int = 4
+    timestep_quantiles: Annotated[int, Range(1, 1000)] = 4
     """Timesteps at which each held-out clip is scored, evenly spread over the schedule: one band each."""
-    sample_every_steps: int = 0
+    sample_every_steps: Annotated[int, Range(0, MANY)] = 0
     """Optimizer steps between sample videos written by a separate process on spare time; 0 writes none."""
     sample_prompts: list[str] = field(default_factory=list)
     """Prompts of the sample videos; empty takes the captions of the first two held-out clips."""
     sample_device: str = "cpu"
     """Device of the process that makes sample videos: name a GPU that does not train, like cuda:7, by the machine's
     own numbers."""
-    sample_wait_minutes: float = 30.0
+    sample_wait_minutes: Annotated[float, Range(0, 1e6)] = 30.0
     """How long a finished run waits for its last sample videos before it gives them up."""
 
 
 @dataclass
-class SafetyConfig:
-    max_nonfinite_steps: int = 10
+class SafetyConfig(Options, group="safety"):
+    max_nonfinite_steps: Annotated[int, Range(0, MANY)] = 10
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
-    loss_spike_factor: float = 4.0
+    loss_spike_factor: Annotated[float, Range(1, 1e6)] = 4.0
     """A loss above this multiple of its running mean is logged with its clips."""
-    rank_timeout_seconds: float = 600.0
+    rank_timeout_seconds: Annotated[float, Range(0, 1e6)] = 600.0
     """Seconds after which a rank that stopped answering brings the job down."""
-    time_limit_minutes: float = 0.0
+    time_limit_minutes: Annotated[float, Range(0, 1e6)] = 0.0
     """Save and exit with the resume code after this many minutes of wall clock; 0 has no limit."""
 
 
 @dataclass
-class Experiment:
+class Experiment(Options):
     """What ``+exp=...`` fixes for every command."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -231,9 +248,9 @@ class Experiment:
     """Frame width in pixels, a multiple of 16."""
     fps: float = 8.0
     """Frames a second at which clips are sampled and videos written; CogVideoX is trained at 8."""
-    seed: int = 6
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 6
     """Seed of adapter initialisation, sample order, noise and sampling."""
-    max_steps: int = 4000
+    max_steps: Annotated[int, Range(1, MANY)] = 4000
     """Optimizer steps of the run."""
     guidance_scale: float = 7.0
     """Classifier-free guidance of evaluation videos, constant over the steps."""
@@ -246,6 +263,12 @@ class Experiment:
     def geometry(self) -> Geometry:
         """The experiment's geometry; raises UserError for values that no model takes."""
         return Geometry(self.num_frames, self.height, self.width, self.fps)
+
+    @property
+    def trained_geometries(self) -> list[Geometry]:
+        """Those that are mixed, or the experiment's own; raises UserError for bad ones."""
+        own = self.geometry
+        return [Geometry.from_name(name) for name in self.data.geometries] or [own]
 
 
 def plain_config(config: Experiment) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from exvideo_train.config.experiment import Dtype, Experiment
+from exvideo_train.config.options import Options
 
 
 class EncodeEngine(Enum):
@@ -69,7 +70,7 @@ class StoreAction(Enum):
 
 
 @dataclass
-class InspectLatents:
+class InspectLatents(Options):
     action: StoreAction = MISSING
     """verify every file and repair the index, print stats, or decode a preview; the command's first word."""
     latents: str = MISSING

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
 from exvideo_train.config.experiment import Experiment
+from exvideo_train.config.options import Range
 
 
 class DeviceKind(Enum):
@@ -50,9 +52,9 @@ class Interconnect(Enum):
 
 @dataclass
 class Plan(Experiment):
-    gpus: int = 8
+    gpus: Annotated[int, Range(1)] = 8
     """GPUs of the whole job: one rank each."""
-    gpus_per_node: int = 8
+    gpus_per_node: Annotated[int, Range(1)] = 8
     """GPUs of one machine."""
     device: DeviceKind = DeviceKind.a100_80gb
     """Which GPU the plan is for; step times of a100_80gb, h100 and h200 are printed in any case."""
@@ -60,9 +62,9 @@ class Plan(Experiment):
     """Links inside a node: auto takes the device's own (NVLink where it has it), pcie 32 GB/s a direction."""
     network: Network = Network.infiniband_400g
     """Link of each node to the others, when gpus is more than gpus_per_node."""
-    clips: int = 10000
+    clips: Annotated[int, Range(1)] = 10000
     """Clips of the latent store, for epochs and disk."""
-    price: float | None = None
+    price: Annotated[float | None, Range(0, advice="leave it out to plan without a price")] = None
     """Price of a GPU for an hour, in any currency: adds the price of the run."""
     measures: bool = False
     """Print instead how each of the six measures brings this experiment from impossible to fitting."""

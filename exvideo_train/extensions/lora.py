@@ -19,10 +19,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from exvideo_train.config.experiment import LoraConfig
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
 from exvideo_train.extensions.extension import Trained
-from exvideo_train.extensions.peft_config import check_alpha
 from exvideo_train.randomness import generator_for
 
 # PEFT's name for the one adapter that a model carries here.
@@ -40,9 +40,6 @@ class LoraExtension:
         alpha: the update is ``alpha / rank * B @ A``.
         target_modules: names of Linears, or suffixes of names at a dot: ``attn1.to_q`` is that Linear in every block.
         dropout: probability at which inputs of A are dropped while training.
-
-    Raises:
-        UserError: a value outside its range.
     """
 
     rank: int
@@ -51,19 +48,10 @@ class LoraExtension:
     dropout: float = 0.0
     name: ClassVar[str] = "lora"
 
-    def __post_init__(self) -> None:
-        if self.rank <= 0:
-            raise UserError(f"lora.rank={self.rank}: must be positive; 64 is the default of exp=129f")
-        check_alpha(self.alpha, "lora.alpha")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"lora.dropout={self.dropout}: must be at least 0 and below 1")
-        if not self.target_modules:
-            raise UserError("lora.targets=[]: nothing would be trained; name at least one Linear, e.g. attn1.to_q")
-
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> LoraExtension:
-        lora = options["lora"]
-        return cls(lora["rank"], lora["alpha"], tuple(lora["targets"]), lora["dropout"])
+        lora = LoraConfig(**options["lora"])
+        return cls(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout)
 
     @classmethod
     def read(cls, path: Path, family: str | None = None) -> Trained:

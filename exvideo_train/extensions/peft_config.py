@@ -10,14 +10,13 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from exvideo_train.config.experiment import ALPHA
 from exvideo_train.errors import UserError
 from exvideo_train.files import parse_json, short
 
 # Header key (diffusers, loaders/lora_base.py) and the prefix that every field has in it.
 METADATA_KEY = "lora_adapter_metadata"
 _PREFIX = "transformer."
-# Beyond it alpha / rank has no use, and near the ends of float32 the update would become infinite or nothing.
-_SMALLEST_ALPHA, _LARGEST_ALPHA = 1e-6, 1e6
 # How an adapter was trained, not what it computes; or which Linears it was put on, which its tensors say.
 _NOTES = {
     *("auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode", "layers_pattern"),
@@ -95,11 +94,8 @@ def check_alpha(alpha: Any, what: str) -> float:
         UserError: it is anything else.
     """
     number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and math.isfinite(alpha)
-    if not number or not _SMALLEST_ALPHA <= alpha <= _LARGEST_ALPHA:
-        raise UserError(
-            f"{what}={short(alpha)}: must be positive, a number from {_SMALLEST_ALPHA:g} to {_LARGEST_ALPHA:g}; alpha "
-            "equal to rank scales updates by 1"
-        )
+    if not number or alpha not in ALPHA:
+        raise UserError(f"{what}={short(alpha)}: must be a number {ALPHA}")
     return float(alpha)
 
 

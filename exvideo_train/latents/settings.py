@@ -21,7 +21,7 @@ from exvideo_train.latents.fingerprint import (
 from exvideo_train.models.family import Family
 from exvideo_train.models.hub import resolve_model_path
 from exvideo_train.models.normalisation import Normalisation
-from exvideo_train.models.registry import check_geometry, encoders_family, family_named, likely_family
+from exvideo_train.models.registry import check_geometries, encoders_family, family_named, likely_family
 
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _HEADER_BYTES = 1024
@@ -103,7 +103,7 @@ def resolve_settings(config: EncodeLatents, num_local_encoders: int) -> EncodeSe
         raise UserError(f"manifest={config.manifest} does not exist; write it with data_prep/build_manifest.py")
     refuse_inputs("latents", [Path(config.latents) / "index.jsonl"], {"manifest": [Path(config.manifest)]})
     geometry = config.geometry
-    check_geometry(geometry, config.model.path)
+    check_geometries([geometry], config.model.path)
     find_model = _cached_model_path if config.dry_run else resolve_model_path
     parts = likely_family(config.model.path).encoder_parts
     model_path = find_model(config.model.path, config.model.revision, parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ def likely_family(model: str) -> Family[Any]:
     return known_family(model) or FAMILIES[0]
 
 
-def check_geometry(geometry: Geometry, model: str) -> None:
-    """Refuse a geometry that a model cannot take, as soon as its family is known.
+def check_geometries(geometries: Iterable[Geometry], model: str) -> None:
+    """Refuse geometries that a model cannot take, as soon as its family is known.
 
     Args:
         model: ``model.path`` as given.
@@ -107,7 +108,8 @@ def check_geometry(geometry: Geometry, model: str) -> None:
         UserError: names the option and the nearest values that it may have.
     """
     if family := known_family(model):
-        family.grid.check(geometry)
+        for geometry in geometries:
+            family.grid.check(geometry)
 
 
 def backbone_config(model_path: Path) -> Any:

@@ -7,11 +7,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from exvideo_train.config.experiment import MemoryConfig
+from exvideo_train.config.experiment import Dtype, MemoryConfig
 from exvideo_train.parallel.activation_checkpointing import block_runner
 from exvideo_train.parallel.attention import choose_attention
 from exvideo_train.parallel.mesh import Mesh, check_mesh
 from exvideo_train.parallel.sequence import Attend, SequenceSplit
+
+
+def compute_dtype(dtype: Dtype) -> torch.dtype:
+    """Number format of the frozen weights and of autocast.
+
+    An fp16 model trains in bf16: without loss scaling, gradients at 129 frames underflow in fp16.
+    """
+    return torch.float32 if dtype is Dtype.fp32 else torch.bfloat16
 
 
 def parallelize(

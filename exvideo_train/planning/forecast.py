@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from exvideo_train.config.experiment import AttentionKernel, Dtype, plain_config
+from exvideo_train.config.experiment import AttentionKernel, plain_config
 from exvideo_train.config.plan import Interconnect, Plan
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.extension import Extension
@@ -21,6 +21,7 @@ from exvideo_train.models.shapes import input_shapes, stored_shapes
 from exvideo_train.parallel.engine import deepspeed_config
 from exvideo_train.parallel.hardware import NETWORKS, Device, device_by_name
 from exvideo_train.parallel.mesh import check_mesh
+from exvideo_train.parallel.parallelize import compute_dtype
 from exvideo_train.planning.memory import (
     FP32_BYTES,
     Sharding,
@@ -153,7 +154,7 @@ def find_model(config: Plan) -> Model:
         if path.exists():
             family, found = backbone_family(path), backbone_config(path)
         if found is not None:
-            for geometry in _geometries(config):
+            for geometry in config.trained_geometries:
                 family.grid.check(geometry)
             return Model(family, found)
     raise UserError(
@@ -170,33 +171,15 @@ def extension_of(config: Plan, model: Model) -> Extension:
     return extension
 
 
-def check_plan(config: Plan, model: Model) -> None:
-    """Raises UserError for hardware that cannot be and for options that do not fit it."""
-    for name in ("gpus", "gpus_per_node", "clips", "max_steps"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)}: must be at least 1")
-    if config.memory.zero_stage not in (1, 2, 3):
-        raise UserError(f"memory.zero_stage={config.memory.zero_stage}: must be 1, 2 or 3; 2 is the default")
-    if config.price is not None and config.price < 0:
-        raise UserError(f"price={config.price}: must not be negative; leave it out to plan without a price")
-    for name, value in (
-        ("data.batch_size", config.data.batch_size),
-        ("optim.accumulation_steps", config.optim.accumulation_steps),
-    ):
-        if value < 1:
-            raise UserError(f"{name}={value}: must be at least 1")
-    check_mesh(config.gpus, config.parallel.sequence, sizes(model, extension_of(config, model)).num_heads)
-
-
 def forecast(config: Plan, model: Model, device_name: str | None = None) -> Forecast:
     """Plan an experiment on its device, or on another one.
 
     Raises:
         UserError: the options do not fit one another or the model.
     """
-    check_plan(config, model)
+    check_mesh(config.gpus, config.parallel.sequence, sizes(model, extension_of(config, model)).num_heads)
     device = device_by_name(device_name or config.device.value)
-    works = [_work(config, model, geometry) for geometry in _geometries(config)]
+    works = [_work(config, model, geometry) for geometry in config.trained_geometries]
     work = max(works, key=lambda work: trace_step(work).forward_flops) if len(works) > 1 else works[0]
     trace, size = trace_step(work), sizes(model, extension_of(config, model))
     trained, frozen_bytes = size.trained, size.frozen * work.weights_dtype.itemsize
@@ -240,14 +223,9 @@ def reduce_bucket(config: Plan) -> int:
     return int(deepspeed_config(config)["zero_optimization"]["reduce_bucket_size"])
 
 
-def _geometries(config: Plan) -> list[Geometry]:
-    return [Geometry.from_name(name) for name in config.data.geometries] or [config.geometry]
-
-
 def _work(config: Plan, model: Model, geometry: Geometry) -> Work:
     budget, num_tokens = config.data.token_budget, model.family.grid.num_tokens(geometry)
-    # A model in fp16 trains in bf16 too: see training_dtypes in exvideo_train.training.job.
-    dtype = torch.float32 if config.model.dtype is Dtype.fp32 else torch.bfloat16
+    dtype = compute_dtype(config.model.dtype)
     return Work(
         family=model.family,
         config=model.config,
@@ -300,7 +278,7 @@ class Disk:
 def disk(config: Plan, model: Model, trained: int) -> Disk:
     """Of the latent store with this many clips, and of a run folder."""
     clip_bytes = 0
-    for geometry in _geometries(config):
+    for geometry in config.trained_geometries:
         shapes = stored_shapes(model.family, model.config, geometry)
         clip_bytes += STORED_BYTES * sum(math.prod(shape) for shape in shapes.values())
     copies = 3 + (config.optim.ema_decay > 0)

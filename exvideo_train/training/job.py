@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from exvideo_train.config.commands import Train
-from exvideo_train.config.experiment import Dtype, Experiment, plain_config
+from exvideo_train.config.experiment import plain_config
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.extension import Extension
 from exvideo_train.geometry import Geometry
@@ -27,11 +26,17 @@ from exvideo_train.latents.store import LatentStore
 from exvideo_train.models.family import Family
 from exvideo_train.models.hub import resolve_model_path
 from exvideo_train.models.noise_levels import NoiseLevels
-from exvideo_train.models.registry import backbone_config, backbone_family, check_geometry, likely_family, load_backbone
+from exvideo_train.models.registry import (
+    backbone_config,
+    backbone_family,
+    check_geometries,
+    likely_family,
+    load_backbone,
+)
 from exvideo_train.parallel.engine import TrainingEngine
 from exvideo_train.parallel.hardware import device_peak_flops
 from exvideo_train.parallel.mesh import Mesh, check_equal_weights
-from exvideo_train.parallel.parallelize import parallelize
+from exvideo_train.parallel.parallelize import compute_dtype, parallelize
 from exvideo_train.training.checkpoint import Checkpoint, check_same_run, find_checkpoint
 from exvideo_train.training.dataset import LatentDataset, MicroBatchPositions, TrainingBatch, collate
 from exvideo_train.training.flops import step_flops
@@ -44,40 +49,6 @@ Log = Callable[[str], None]
 LEAST_CLIPS_PER_HELD_OUT = 4
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_BYTES = 2**30
-
-
-# What can be meant, as wide as that: beyond it a number is a slip of the keyboard, and some end hours later.
-_MANY = 10**9
-RANGES: dict[str, tuple[float, float]] = {
-    "max_steps": (1, _MANY),
-    "seed": (0, 2**63 - 1),
-    "data.batch_size": (1, 10_000),
-    "data.token_budget": (0, _MANY),
-    "data.num_workers": (0, 256),
-    "data.max_corrupt_clips": (0, _MANY),
-    "data.held_out_clips": (0, _MANY),
-    "lora.rank": (1, 8192),
-    "optim.lr": (0, 1),
-    "optim.betas": (0, 1),
-    "optim.eps": (0, 1),
-    "optim.weight_decay": (0, 10),
-    "optim.gradient_clip": (0, 1e6),
-    "optim.warmup_steps": (0, _MANY),
-    "optim.final_lr_ratio": (0, 1),
-    "optim.accumulation_steps": (1, 10_000),
-    "logger.log_every_steps": (1, _MANY),
-    "checkpoint.every_steps": (0, _MANY),
-    "checkpoint.keep_last": (0, _MANY),
-    "checkpoint.keep_every": (0, _MANY),
-    "validation.every_steps": (0, _MANY),
-    "validation.timestep_quantiles": (1, 1000),
-    "validation.sample_every_steps": (0, _MANY),
-    "validation.sample_wait_minutes": (0, 1e6),
-    "safety.max_nonfinite_steps": (0, _MANY),
-    "safety.loss_spike_factor": (1, 1e6),
-    "safety.rank_timeout_seconds": (0, 1e6),
-    "safety.time_limit_minutes": (0, 1e6),
-}
 
 
 @dataclass(frozen=True)
@@ -128,55 +99,13 @@ class Job:
         return sum(step_flops(self.family, backbone_config(self.model_path), self.extension, geometry))
 
 
-def training_dtypes(dtype: Dtype) -> torch.dtype:
-    """Number format of the frozen weights and of autocast.
-
-    An fp16 model trains in bf16: without loss scaling, gradients at 129 frames underflow in fp16.
-    """
-    return torch.float32 if dtype is Dtype.fp32 else torch.bfloat16
-
-
-def check_options(config: Train) -> None:
-    """Options that can be checked without touching a file.
-
-    Raises:
-        UserError: names the option, its value and what it may be.
-    """
-    for name, (lowest, highest) in RANGES.items():
-        value = attrgetter(name)(config)
-        for number in value if isinstance(value, list) else [value]:
-            if not lowest <= number <= highest:
-                raise UserError(f"{name}={value}: must be from {lowest:g} to {highest:g}")
-    if config.memory.zero_stage not in (1, 2, 3):
-        raise UserError(f"memory.zero_stage={config.memory.zero_stage}: must be 1, 2 or 3; 2 is the default")
-    if not config.optim.lr > 0:
-        raise UserError(f"optim.lr={config.optim.lr}: must be positive; 1e-4 is the default")
-    if len(config.optim.betas) != 2:
-        raise UserError(f"optim.betas={config.optim.betas}: must be two numbers, like [0.9,0.95]")
-    for name, share in {
-        "data.caption_dropout": config.data.caption_dropout,
-        "optim.ema_decay": config.optim.ema_decay,
-        "optim.betas": max(config.optim.betas),
-    }.items():
-        if not 0 <= share < 1:
-            raise UserError(f"{name}={share}: must be at least 0 and below 1")
-    for geometry in geometries(config):
-        check_geometry(geometry, config.model.path)
-
-
-def geometries(config: Experiment) -> list[Geometry]:
-    """What is trained on: the geometries that are mixed, or the experiment's own; raises UserError for bad ones."""
-    own = config.geometry
-    return [Geometry.from_name(name) for name in config.data.geometries] or [own]
-
-
 def check_and_fetch_model(config: Train, mesh: Mesh) -> Path:
-    """Check the options, then find the model's folder, downloading what is missing of a hub id, on rank 0 first.
+    """Check the geometries, then find the model's folder, downloading what is missing of a hub id, on rank 0 first.
 
     Raises:
         UserError: an option, or the model.
     """
-    mesh.main_first(lambda: check_options(config))
+    mesh.main_first(lambda: check_geometries(config.trained_geometries, config.model.path))
     # Text encoder and VAE did their work offline.
     parts = likely_family(config.model.path).training_parts
     return mesh.main_first(lambda: resolve_model_path(config.model.path, config.model.revision, parts))
@@ -189,15 +118,15 @@ def open_data(config: Train, mesh: Mesh, model_path: Path, log: Log) -> Data:
         UserError: no store, a store of another model or geometry, or too few clips.
     """
     family = backbone_family(model_path)
-    for geometry in geometries(config):
+    for geometry in config.trained_geometries:
         family.grid.check(geometry)
     store = LatentStore.open(Path(config.latents))
-    for geometry in geometries(config):
+    for geometry in config.trained_geometries:
         # Hashing the model's files takes a while: once, on rank 0.
         if mesh.is_main:
             store.require(model_fingerprint(model_path, geometry))
             _check_channels(store, geometry, model_path)
-    ids = {geometry: store.clip_ids(geometry) for geometry in geometries(config)}
+    ids = {geometry: store.clip_ids(geometry) for geometry in config.trained_geometries}
     everything = sorted({clip_id for clip_ids in ids.values() for clip_id in clip_ids})
     num_held_out = min(config.data.held_out_clips, len(everything) // LEAST_CLIPS_PER_HELD_OUT)
     if num_held_out < config.data.held_out_clips and mesh.is_main:
@@ -253,7 +182,7 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
 
     # 2. The backbone straight onto the device, then the adapter, then what the checkpoint knows of it.
     beat("loading the backbone")
-    dtype = training_dtypes(config.model.dtype)
+    dtype = compute_dtype(config.model.dtype)
     backbone = load_backbone(model_path, dtype, mesh.device)
     mesh.main_first(lambda: extension.attach(backbone, config.seed))
     if checkpoint is not None:

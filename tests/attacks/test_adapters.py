@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.attacks import Attack, Ending, attacks, check_ending, held, refused
 
+from exvideo_train.config.experiment import LoraConfig
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
 from exvideo_train.extensions.lora import LoraExtension
@@ -335,4 +336,4 @@ def test_adapters_are_checked_before_they_are_written(attack: Attack, tmp_path: 
 @pytest.mark.parametrize("alpha", [math.inf, math.nan, 0.0, -1.0, 1e300])
 def test_an_alpha_is_refused_before_training(alpha: float) -> None:
     with pytest.raises(UserError, match=r"lora\.alpha="):
-        LoraExtension(RANK, alpha, ("attn1.to_q",))
+        LoraConfig(alpha=alpha)

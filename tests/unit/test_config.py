@@ -16,7 +16,9 @@ from omegaconf import OmegaConf
 
 import exvideo_train.config
 from exvideo_train.config.experiment import Experiment
+from exvideo_train.config.options import Options
 from exvideo_train.entry import compose_config, config_folder, help_text, to_dataclass, walk_options
+from exvideo_train.errors import UserError
 
 CONF = config_folder()
 # Users' scripts rely on these names, for every experiment (README, "Options").
@@ -40,7 +42,7 @@ def config_classes() -> list[type]:
         value
         for module in modules
         for value in vars(importlib.import_module(module.name)).values()
-        if dataclasses.is_dataclass(value) and value.__module__.startswith("exvideo_train.config.")
+        if isinstance(value, type) and issubclass(value, Options) and value is not Options
     }
     return sorted(found, key=lambda found_class: found_class.__name__)
 
@@ -140,6 +142,22 @@ def test_published_experiment():
 def test_every_option_is_documented(config_class):
     undocumented = [path for path, _, doc in walk_options(config_class) if not doc]
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "words"),
+    [
+        ("train", "lora.rank=0", "lora.rank=0: must be from 1 to 8192; 64 is the default of exp=129f"),
+        ("sample", "optim.lr=0", "optim.lr=0.0: must be above 0 and at most 1; 1e-4 is the default"),
+        ("plan", "gpus=0", "gpus=0: must be at least 1"),
+        ("plan", "optim.betas=[0.9,1]", "optim.betas=[0.9, 1.0]: must be at least 0 and below 1"),
+        ("filter_clips", "timeout_seconds=0", "timeout_seconds=0.0: must be above 0"),
+    ],
+)
+def test_a_number_outside_its_range_is_named_with_it(command, override, words):
+    with pytest.raises(UserError) as caught:
+        composed(command, override)
+    assert str(caught.value) == words
 
 
 @pytest.mark.parametrize("config_class", config_classes(), ids=lambda config_class: config_class.__name__)

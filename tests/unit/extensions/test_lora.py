@@ -9,6 +9,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import nn
 
+from exvideo_train.config.experiment import LoraConfig
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.lora import (
     LoraExtension,
@@ -219,9 +220,9 @@ def test_a_target_that_matches_nothing_names_its_neighbours(network, target, nea
         ({"rank": 0}, "lora.rank=0"),
         ({"alpha": 0.0}, "lora.alpha=0"),
         ({"dropout": 1.0}, "lora.dropout=1"),
-        ({"target_modules": ()}, r"lora.targets=\[\]"),
+        ({"targets": []}, r"lora.targets=\[\]"),
     ],
 )
 def test_settings_outside_their_range(values, field):
     with pytest.raises(UserError, match=field):
-        LoraExtension(**({"rank": 4, "alpha": 4.0, "target_modules": ("a",)} | values))
+        LoraConfig(**values)
