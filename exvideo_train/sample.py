@@ -141,7 +141,7 @@ def read_image(path: Path, geometry: Geometry) -> torch.Tensor:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=("PNG", "JPEG")) as opened:
             picture = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (geometry.width, geometry.height))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"image={path}: cannot be read as a picture ({error}); name a PNG or JPEG file") from error

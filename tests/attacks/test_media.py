@@ -329,4 +329,9 @@ def test_one_function_opens_media() -> None:
         )
         and not any(isinstance(value, ast.Constant) and value.value == "w" for value in node.args)
     }
-    assert found == {("clips/opening.py", "av.open"), ("clips/decoders/decord.py", "self._decord.VideoReader")}
+    assert found == {
+        ("clips/opening.py", "av.open"),
+        ("clips/decoders/decord.py", "self._decord.VideoReader"),
+        # A picture that the user names, of two formats.
+        ("sample.py", "Image.open"),
+    }

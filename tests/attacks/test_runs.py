@@ -21,7 +21,7 @@ from exvideo_train.config.commands import Export, Train, Weights
 from exvideo_train.config.experiment import LoggerConfig
 from exvideo_train.entry import compose_config, to_dataclass
 from exvideo_train.errors import UserError
-from exvideo_train.export import export, find_adapter
+from exvideo_train.export import export, find_trained
 from exvideo_train.files import sha256_file
 from exvideo_train.parallel.mesh import Mesh, init_mesh
 from exvideo_train.training import job
@@ -281,7 +281,7 @@ def test_what_else_lies_among_checkpoints_is_left_alone(run_dir: Path) -> None:
     set_aside_later_checkpoints(run_dir, 1, print)
     CheckpointWriter(run_dir, keep_last=1, keep_every=0, log=print).save(state(4), tensors(), wait=True)
     assert list_checkpoints(run_dir) == [step_folder(run_dir, 4)]
-    assert find_adapter(run_dir, Weights.raw, None)[1] == step_folder(run_dir, 4)
+    assert find_trained(run_dir, Weights.raw, None)[1] == step_folder(run_dir, 4)
     assert {path.name for path in folder.iterdir()} == {*strays, "step_00000003", "step_00000004"} - {".step_x"}
 
 

@@ -43,12 +43,6 @@ def test_the_index_stands_before_the_frames(tmp_path):
     assert content.index(b"moov") < content.index(b"mdat")
 
 
-def test_equal_frames_are_equal_files(tmp_path):
-    for name in ("a", "b"):
-        write_mp4(tmp_path / f"{name}.mp4", make_frames(), 8, comment="x")
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-
-
 def test_odd_sizes_are_refused_and_leave_nothing(tmp_path):
     with pytest.raises(UserError, match="47x64"):
         write_mp4(tmp_path / "video.mp4", make_frames(height=47), 8)

@@ -218,9 +218,12 @@ def test_checkpoint_of_another_format_version_is_named(tmp_path: Path) -> None:
         load_checkpoint(step_folder(tmp_path, 1))
 
 
+SHAPES = ("lora.rank", "lora.alpha", "lora.targets")
+
+
 def test_check_same_run() -> None:
-    assert check_same_run(CONFIG, CONFIG) == []
-    notes = check_same_run(CONFIG, {**CONFIG, "optim": {"lr": 2e-3}, "run_dir": "elsewhere"})
+    assert check_same_run(CONFIG, CONFIG, SHAPES) == []
+    notes = check_same_run(CONFIG, {**CONFIG, "optim": {"lr": 2e-3}, "run_dir": "elsewhere"}, SHAPES)
     assert notes == ["optim.lr was 0.001, now 0.002"]
     with pytest.raises(UserError, match=r"lora.rank was 8, now 16"):
-        check_same_run(CONFIG, {**CONFIG, "lora": {"rank": 16}})
+        check_same_run(CONFIG, {**CONFIG, "lora": {"rank": 16}}, SHAPES)

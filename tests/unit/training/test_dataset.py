@@ -7,7 +7,8 @@ from torch.utils.data import DataLoader
 
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
-from exvideo_train.training.dataset import LatentDataset, MicroBatchPositions, collate, posterior_sample
+from exvideo_train.models.normalisation import Normalisation
+from exvideo_train.training.dataset import LatentDataset, MicroBatchPositions, collate
 from exvideo_train.training.order import SampleOrder
 from tests.unit.latents.conftest import GEOMETRY, fill, fingerprint_of
 
@@ -80,7 +81,7 @@ def test_posterior_sample_is_that_of_diffusers():
     noise_TCHW = torch.randn(3, 4, 4, 6)
     posterior = DiagonalGaussianDistribution(moments)
     expected = (posterior.mean + posterior.std * noise_TCHW.transpose(0, 1)[None]) * 0.7
-    assert torch.equal(posterior_sample(moments[0], noise_TCHW, 0.7), expected[0].transpose(0, 1))
+    assert torch.equal(Normalisation((0.7,)).latents(moments[0], noise_TCHW), expected[0].transpose(0, 1))
 
 
 def test_caption_dropout_takes_the_empty_prompt(store):
