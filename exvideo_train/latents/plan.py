@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from exvideo_train.clips.record import ClipRecord, read_manifest
-from exvideo_train.errors import UserError
-from exvideo_train.files import atomic_write_bytes
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import CorruptLatent, IndexEntry, MissingLatent, UnusableLatent, entry_of
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore, Quarantine
-from exvideo_train.latents.untrusted import folders_below, is_folder, list_folder, refuse_links, set_aside
+from exvideo_train.latents.untrusted import is_folder, list_folder, set_aside
 
 
 @dataclass
@@ -65,7 +63,8 @@ class Plan:
         lines = [
             f"store        {settings.store_path}",
             f"model        {settings.model_path}",
-            f"geometry     {settings.geometry.name}, {settings.dtype}, tiling {'on' if settings.tiling else 'off'}",
+            f"geometry     {settings.geometry.name}, {settings.options.encoder_dtype.value}, "
+            f"tiling {'on' if settings.options.tiling else 'off'}",
             f"clips        {self.num_clips} in the manifest ({self.num_repeated} repeated lines ignored)",
             f"  encoded    {self.num_reused} already",
             f"  to encode  {len(self.pending)} ({self.num_changed} of them for a changed caption or rate)",
@@ -211,35 +210,6 @@ def set_damaged_aside(store: LatentStore, geometry: Geometry, clip_ids: Iterable
     for path in paths:
         if (moved := set_aside(store.path, path)) is not None:
             print(f"note: damaged and no longer used; kept as {moved}", flush=True)
-
-
-def refuse_linked_store(store_path: Path, geometry: Geometry) -> None:
-    """Fail before any work if writing into the store would leave it through a link.
-
-    Raises:
-        UserError: names the links.
-    """
-    clips = store_path / "clips"
-    reports = folders_below(store_path, store_path / "reports")
-    refuse_links(store_path, [store_path, clips, clips / geometry.name, *reports])
-
-
-def check_writable(store_path: Path, geometry: Geometry) -> None:
-    """Fail before any work if the store cannot be written.
-
-    Raises:
-        UserError: names the folder.
-    """
-    clips = store_path / "clips" / geometry.name
-    for folder in (store_path / "reports", store_path, *([clips] if clips.is_dir() else [])):
-        probe = folder / "writable"
-        try:
-            atomic_write_bytes(probe, b"")
-            probe.unlink()
-        except (UserError, OSError) as error:
-            raise UserError(
-                f"latents={store_path}: not writable ({error}); make it writable or choose another folder"
-            ) from error
 
 
 def take_from_index(store: LatentStore, geometry: Geometry, clip_ids: Collection[str]) -> None:

@@ -2,11 +2,13 @@
 
 Decoding, encoding, quarantine and store are those of the local engine; Ray gives placement, backpressure and the
 replacement of lost machines. The store's folder must be the same path on every node.
+Axis letters: C channel, F video frames, H height, W width.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import hashlib
 import logging
 import os
 import shutil
@@ -15,19 +17,25 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exvideo_train.clips.record import ClipRecord, parse_record
 from exvideo_train.clips.workers import Failure
 from exvideo_train.errors import UserError
-from exvideo_train.files import create_marker
+from exvideo_train.files import atomic_write_bytes, create_marker
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.decode import DecodeWorker
-from exvideo_train.latents.encode_worker import ClipEncoder, Totals, not_finite
+from exvideo_train.latents.local_engine import ClipEncoder, not_finite
+from exvideo_train.latents.report import Totals
 from exvideo_train.latents.settings import EncodeSettings
-from exvideo_train.latents.shared_captions import PATIENCE_SECONDS, SharedCaptions
 from exvideo_train.latents.store import LatentStore, Quarantine, is_settled, quarantine_clip
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Many times what T5 takes for a caption on a GPU; whoever was to encode it has died then.
+PATIENCE_SECONDS = 120.0
+_POLL_SECONDS = 0.05
 # Ray starts an actor again when it dies and gives it the same clip; after so many tries the clip is left out.
 ATTEMPTS_A_CLIP = 2
 
@@ -54,6 +62,38 @@ class DecodeActor:
             "decord_refusal": decoded.decord_refusal or "",
             "decode_seconds": decoded.seconds,
         }
+
+
+class SharedCaptions:
+    """Embeddings of captions that several clips have, in a folder that all encoders see: one encodes, the others read.
+
+    Args:
+        folder: made when first written to; whoever starts and ends a run deletes it.
+        patience_seconds: how long to wait for another encoder before encoding its caption as well.
+    """
+
+    def __init__(self, folder: Path, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        self.folder = folder
+        self.patience_seconds = patience_seconds
+
+    def tensors(self, caption: str, encode: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What a caption gives: another encoder's, when it has one or is about to, or else by `encode`.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+        from safetensors.torch import load, save
+
+        path = self.folder / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
+        deadline = time.monotonic() + self.patience_seconds
+        claim = path.with_suffix(".claim")
+        while not path.exists() and not create_marker(claim) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        if path.exists():
+            return load(path.read_bytes())
+        tensors = encode(caption)
+        atomic_write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        return tensors
 
 
 class EncodeActor:
@@ -163,7 +203,7 @@ def _frames(content: bytes, geometry: Geometry) -> Any:
 
 
 class RayEngine:
-    """Stands in for :class:`~exvideo_train.latents.supervise.Supervisor` on a Ray cluster.
+    """Stands in for :class:`~exvideo_train.latents.local_engine.LocalEngine` on a Ray cluster.
 
     A running cluster is used if RAY_ADDRESS names one (or ``ray start`` made one on this machine); otherwise Ray
     starts on this machine alone.

@@ -1,8 +1,9 @@
-"""What a run of encode_latents did, for a person and as JSON."""
+"""How far a run of encode_latents is, and what it did: for a person and as JSON."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -10,18 +11,42 @@ from pathlib import Path
 from typing import Any
 
 from exvideo_train.files import atomic_write_json, atomic_write_text, parse_json, read_regular, short
-from exvideo_train.latents.encode_worker import Totals
 from exvideo_train.latents.plan import Plan
 from exvideo_train.latents.store import Quarantine
 from exvideo_train.latents.untrusted import COUNT, Kind, check_fields, exists_inside
 
-REASONS_SHOWN = 5
+LOG_SECONDS = 30.0
 _AMOUNT = Kind("a number, 0 or more", lambda value: type(value) in (int, float) and value >= 0)
 _MAX_REPORT_BYTES = 1 << 30
 _REFUSALS = Kind(
     "an object of texts",
     lambda value: isinstance(value, dict) and all(isinstance(reason, str) for reason in value.values()),
 )
+
+
+@dataclass
+class Totals:
+    """What one or several encoding processes did, in clips, bytes and seconds of wall time.
+
+    Attributes:
+        decode_seconds: inside decoding processes, several at a time.
+        encode_seconds: T5 and VAE.
+        wait_seconds: the encoder had no decoded clip; the first clip's decoding is in startup_seconds instead.
+        write_seconds: writing files, beside the encoder.
+        loop_seconds: from the first decoded clip to the end.
+    """
+
+    num_encoded: int = 0
+    num_bytes: int = 0
+    decode_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    write_seconds: float = 0.0
+    startup_seconds: float = 0.0
+    loop_seconds: float = 0.0
+    quarantined: Counter[str] = field(default_factory=Counter)
+
+
 _TOTALS = {entry.name: _AMOUNT for entry in fields(Totals)} | {
     "quarantined": Kind("an object", lambda value: isinstance(value, dict))
 }
@@ -216,3 +241,28 @@ def totals_from_json(content: Any) -> list[Totals]:
     for one in each:
         check_fields(one["quarantined"], dict.fromkeys(one["quarantined"], COUNT))
     return [Totals(**{**one, "quarantined": Counter(one["quarantined"])}) for one in each]
+
+
+class Progress:
+    """A bar on a terminal, a line now and then in a log file. Called with a settled clip's id; twice counts once."""
+
+    def __init__(self, num_clips: int) -> None:
+        from tqdm import tqdm
+
+        on_terminal = sys.stderr.isatty()
+        self._settled: set[str] = set()
+        self._bar: Any = tqdm(
+            total=num_clips,
+            unit="clip",
+            desc="encoding",
+            dynamic_ncols=on_terminal,
+            mininterval=0.5 if on_terminal else LOG_SECONDS,
+        )
+
+    def __call__(self, clip_id: str) -> None:
+        if clip_id not in self._settled:
+            self._settled.add(clip_id)
+            self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()

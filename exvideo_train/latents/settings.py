@@ -37,30 +37,26 @@ class EncodeSettings:
     """How clips are encoded; everything an encoding process needs to know.
 
     Attributes:
-        dtype: ``bf16``, ``fp16`` or ``fp32`` for both encoders.
-        decode_workers: decoding processes an encoder.
-        prefetch_clips: decoded clips that may wait for an encoder.
-        encode_timeout_seconds: an encoder that is silent for so long is killed; 0 for the device's default.
+        options: as they were given.
+        fingerprint: number formats, tiling and text length are in it.
+        decode_workers: decoding processes an encoder, with 0 resolved.
     """
 
+    options: EncodeLatents
     model_path: Path
     store_path: Path
     fingerprint: Fingerprint
     normalisation: Normalisation
-    dtype: str
-    tiling: bool
     decode_workers: int
-    prefetch_clips: int
-    clip_timeout_seconds: float
-    recycle_after_clips: int
-    encode_timeout_seconds: float = 0.0
 
     @property
     def decode_options(self) -> DecodeOptions:
         """How its decoding processes decode."""
         decoder = self.fingerprint.decoder
         assert decoder is not None
-        return DecodeOptions(self.geometry, self.clip_timeout_seconds, self.recycle_after_clips, decoder)
+        return DecodeOptions(
+            self.geometry, self.options.clip_timeout_seconds, self.options.recycle_after_clips, decoder
+        )
 
     @property
     def geometry(self) -> Geometry:
@@ -73,7 +69,7 @@ class EncodeSettings:
     def seconds_to_encode(self, device: str) -> float:
         """How long encoding one clip may take on a device before its encoder counts as hanging."""
         default = ENCODE_TIMEOUT_CPU_SECONDS if device == "cpu" else ENCODE_TIMEOUT_GPU_SECONDS
-        return self.encode_timeout_seconds or default
+        return self.options.encode_timeout_seconds or default
 
     def bytes_per_clip(self) -> int:
         """Size of one latent file."""
@@ -84,11 +80,14 @@ class EncodeSettings:
             math.prod(channels[name] if axis is None else axis for axis in tensor.shape)
             for name, tensor in stored.items()
         )
-        return values * _BYTES[self.dtype] + _HEADER_BYTES
+        return values * _BYTES[self.options.encoder_dtype.value] + _HEADER_BYTES
 
 
-def resolve_settings(config: EncodeLatents, num_local_encoders: int) -> EncodeSettings:
+def resolve_settings(config: EncodeLatents, num_encoders: int) -> EncodeSettings:
     """Check the options and find out everything that shapes the latents.
+
+    Args:
+        num_encoders: on this machine; they share its cores.
 
     Raises:
         UserError: an option has no sense, or the model is not there.
@@ -121,17 +120,12 @@ def resolve_settings(config: EncodeLatents, num_local_encoders: int) -> EncodeSe
         write_cache=not config.dry_run,
     )
     return EncodeSettings(
+        options=config,
         model_path=model_path.absolute(),
         store_path=Path(config.latents).absolute(),
         fingerprint=fingerprint,
         normalisation=family.read_normalisation(model_path),
-        dtype=dtype,
-        tiling=config.tiling,
-        decode_workers=config.decode_workers or max(1, (num_cores() - 1) // max(1, num_local_encoders)),
-        prefetch_clips=config.prefetch_clips,
-        clip_timeout_seconds=config.clip_timeout_seconds,
-        recycle_after_clips=config.recycle_after_clips,
-        encode_timeout_seconds=config.encode_timeout_seconds,
+        decode_workers=config.decode_workers or max(1, (num_cores() - 1) // max(1, num_encoders)),
     )
 
 

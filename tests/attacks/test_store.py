@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 from support.attacks import Attack, Ending, attacks, check_ending, dropped, held, refused
+from support.store import settings_for
 from support.without_privilege import file_modes_hold
 
 import exvideo_train.files
@@ -31,11 +32,11 @@ from exvideo_train.clips.workers import Failure
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import METADATA_KEY, CorruptLatent, MissingLatent, UnreadableLatent
+from exvideo_train.latents.encode import refuse_linked_store
 from exvideo_train.latents.fingerprint import Fingerprint
 from exvideo_train.latents.inspection import StoreVerification, describe_stats, verify_store
-from exvideo_train.latents.plan import Plan, make_plan, refuse_linked_store, set_damaged_aside, write_index
+from exvideo_train.latents.plan import Plan, make_plan, set_damaged_aside, write_index
 from exvideo_train.latents.report import totals_from_json
-from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore, Quarantine, quarantine_clip
 from exvideo_train.models.cogvideox.encoding import read_normalisation
 from exvideo_train.models.normalisation import Normalisation
@@ -819,18 +820,7 @@ def plan_of(store: LatentStore, folder: Path) -> Plan:
         (folder / "model" / part).mkdir(parents=True, exist_ok=True)
         (folder / "model" / part / "config.json").write_text(json.dumps(config))
     write_manifest(folder / "clips.jsonl", RECORDS)
-    settings = EncodeSettings(
-        model_path=folder / "model",
-        store_path=store.path,
-        fingerprint=FINGERPRINT,
-        normalisation=Normalisation((0.7,)),
-        dtype="fp32",
-        tiling=False,
-        decode_workers=1,
-        prefetch_clips=1,
-        clip_timeout_seconds=1.0,
-        recycle_after_clips=1,
-    )
+    settings = settings_for(store, GEOMETRY, folder / "model")
     plan = make_plan(settings, store, folder / "clips.jsonl", retry_quarantined=False, max_clips=0)
     plan.describe(settings)
     return plan

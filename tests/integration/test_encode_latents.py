@@ -25,10 +25,8 @@ from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents import encode
 from exvideo_train.latents.__main__ import inspect_latents
-from exvideo_train.latents.encode import encode_latents
-from exvideo_train.latents.encode_worker import Totals
-from exvideo_train.latents.launch import Launch
-from exvideo_train.latents.report import totals_to_json
+from exvideo_train.latents.encode import Launch, encode_latents
+from exvideo_train.latents.report import Totals, totals_to_json
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.locks import hold
 from exvideo_train.models.cogvideox.encoders import TextEncoder, VideoEncoder
@@ -162,8 +160,8 @@ def test_each_bad_input_has_its_own_reason(data, whole):
     assert "encoded      6" in whole[1]
     for field in ("decoding", "encoding", "waiting", "clips/s"):
         assert field in whole[1]
-    leftovers = [path.name for path in (whole[0] / "reports").iterdir()]
-    assert "work" not in leftovers
+    leftovers = {path.name for path in (whole[0] / "reports").iterdir()}
+    assert leftovers == {f"encode_{GEOMETRY.name}.json", f"quarantined_{GEOMETRY.name}.jsonl", "quarantine"}
 
 
 def test_second_run_reuses_everything(data, whole, tiny_model_5b, run_command):
@@ -357,7 +355,7 @@ def test_dead_encoder_is_replaced_and_interruption_reports(data, tiny_model_5b, 
     with ended(
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
     ) as process:
-        wait_until(lambda: list(store.glob("reports/work/taken/*")), process)
+        wait_until(lambda: _encoders(process), process)
         first = wait_until(lambda: _encoders(process), process)[0]
         first.kill()
         wait_until(lambda: [child for child in _encoders(process) if child.pid != first.pid], process)
@@ -395,7 +393,7 @@ def test_two_encoders_of_one_process_give_the_same_store(
     data, tiny_model_5b, tmp_path, good_identity, monkeypatch, capsys
 ):
     """As on a machine with two GPUs and no launcher."""
-    monkeypatch.setattr(encode, "find_launch", lambda device: Launch(0, 1, ["cpu", "cpu"], 2))
+    monkeypatch.setattr(encode, "find_launch", lambda device: Launch(0, ["cpu", "cpu"], [2]))
     store = tmp_path / "store"
     # As an earlier run leaves it whose first rank was killed: no figures of this run.
     stale = store / "reports" / "ranks" / "00001.json"

@@ -4,13 +4,13 @@ from collections import Counter
 
 import pytest
 from support import encoders
+from support.store import settings_for
 from support.videos import clip_of, make_video
 
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents import ray_engine
 from exvideo_train.latents.fingerprint import Fingerprint
 from exvideo_train.latents.ray_engine import RayEngine
-from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore, Quarantine
 from exvideo_train.models.normalisation import Normalisation
 
@@ -35,19 +35,7 @@ def settings(tmp_path):
     store = LatentStore.create(tmp_path / "store", Normalisation((0.7,)))
     store.add_geometry(fingerprint)
     (store.path / "reports").mkdir()
-    return EncodeSettings(
-        model_path=tmp_path / "no_model",
-        store_path=store.path,
-        fingerprint=fingerprint,
-        normalisation=store.normalisation,
-        dtype="fp32",
-        tiling=False,
-        decode_workers=1,
-        prefetch_clips=2,
-        clip_timeout_seconds=120.0,
-        recycle_after_clips=100,
-        encode_timeout_seconds=5.0,
-    )
+    return settings_for(store, GEOMETRY, encode_timeout_seconds=5.0)
 
 
 def test_encoders_that_die_or_hang_cost_their_clip_alone(settings, clip_path, monkeypatch, tmp_path):

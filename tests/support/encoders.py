@@ -9,44 +9,37 @@ from multiprocessing.connection import Connection
 import torch
 
 from exvideo_train.clips.workers import exit_with_parent
-from exvideo_train.latents.encode_worker import Totals
+from exvideo_train.latents.local_engine import dealt_records
 from exvideo_train.latents.ray_engine import EncodeActor
+from exvideo_train.latents.report import Totals
 from exvideo_train.latents.settings import EncodeSettings
-from exvideo_train.latents.store import Quarantine
-from exvideo_train.latents.work import Heartbeat, WorkList
 from exvideo_train.models.cogvideox.family import GRID
 
 BROKEN_DEVICE = "cuda:1"
 UNSTARTABLE_DEVICE = "cuda:2"
 
 
-def obedient_encoder(connection: Connection, settings: EncodeSettings, device: str, owner: str) -> None:
+def obedient_encoder(connection: Connection, settings: EncodeSettings, device: str) -> None:
     """Speaks as ``encoder_main`` does. Captions: ``dies``, ``dies once``, ``hangs``, ``slow``; others succeed."""
     exit_with_parent()
     if device == UNSTARTABLE_DEVICE:
         os._exit(4)
+    totals = Totals()
     connection.send(("ready",))
-    work, totals = WorkList(settings.store_path), Totals()
-    quarantine = Quarantine(settings.store_path, settings.geometry)
-    with Heartbeat(work, owner):
-        while (block := work.take(owner)) is not None:
-            for record in work.records(block):
-                if record.clip_id in quarantine:
-                    continue
-                connection.send(("began", record))
-                died = settings.store_path / "reports" / f"died_{record.clip_id}"
-                if record.caption == "dies" or device == BROKEN_DEVICE:
-                    os._exit(3)
-                if record.caption == "dies once" and not died.exists():
-                    died.touch()
-                    os._exit(3)
-                if record.caption == "slow":
-                    time.sleep(0.5)
-                while record.caption == "hangs":
-                    time.sleep(1)
-                totals.num_encoded += 1
-                connection.send(("settled", record.clip_id, totals))
-            work.finish(block)
+    for record in dealt_records(connection):
+        connection.send(("began", record.clip_id))
+        died = settings.store_path.with_name(f"died_{record.clip_id}")
+        if record.caption == "dies" or device == BROKEN_DEVICE:
+            os._exit(3)
+        if record.caption == "dies once" and not died.exists():
+            died.touch()
+            os._exit(3)
+        if record.caption == "slow":
+            time.sleep(0.5)
+        while record.caption == "hangs":
+            time.sleep(1)
+        totals.num_encoded += 1
+        connection.send(("settled", record.clip_id, totals))
     connection.send(("finished", totals))
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from exvideo_train.config.experiment import Dtype
+from exvideo_train.config.latents import EncodeLatents
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.fingerprint import model_fingerprint
+from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.models.cogvideox.encoding import read_normalisation
 from exvideo_train.models.cogvideox.family import GRID
@@ -63,3 +67,21 @@ def write_store(
     store.write_empty_prompt({"text": torch.randn(length, channels, generator=generator).bfloat16()})
     store.write_index(entries)
     return store
+
+
+def settings_for(store: LatentStore, geometry: Geometry, model: Path | None = None, **options: Any) -> EncodeSettings:
+    """How a run encodes into a store.
+
+    Args:
+        options: of the command, if other than a small machine's.
+    """
+    small = {"encoder_dtype": Dtype.fp32, "decode_workers": 1, "prefetch_clips": 2, "clip_timeout_seconds": 120.0}
+    config = EncodeLatents(latents=str(store.path), **(small | options))
+    return EncodeSettings(
+        options=config,
+        model_path=model or store.path / "no_model",
+        store_path=store.path,
+        fingerprint=store.fingerprints[geometry.name],
+        normalisation=store.normalisation,
+        decode_workers=config.decode_workers,
+    )

@@ -1,71 +1,59 @@
-"""Which devices a process of encode_latents takes, each once and unasked, and what it does when they are broken."""
+"""Which devices a process of encode_latents takes, each once and unasked, and what machines know of each other."""
 
+import subprocess
+import sys
 import threading
+import time
 from types import SimpleNamespace
 
-import accelerate
+import accelerate.utils
 import pytest
 import torch
 
+from exvideo_train import locks
 from exvideo_train.clips.record import ClipRecord
 from exvideo_train.errors import UserError
+from exvideo_train.files import atomic_write_json
 from exvideo_train.latents import encode
-from exvideo_train.latents.launch import Launch, find_launch
-from exvideo_train.latents.supervise import EncodersDied
-from exvideo_train.latents.work import WorkList
+from exvideo_train.latents.encode import Launch, find_launch, share_out
+from exvideo_train.latents.local_engine import EncodersDied
+from exvideo_train.latents.report import Totals, totals_to_json
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Sets the number of GPUs, and what a launcher would: rank, ranks, local rank, local ranks."""
+    """Sets the number of GPUs, and what a launcher would: rank, ranks, local rank."""
 
-    def describe(num_gpus, rank=0, world_size=1, local_rank=0, num_local=1):
+    def describe(num_gpus, rank=0, world_size=1, local_rank=0):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
         if world_size > 1:
             monkeypatch.setenv("WORLD_SIZE", str(world_size))
-            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_local))
             state = SimpleNamespace(process_index=rank, num_processes=world_size, local_process_index=local_rank)
             monkeypatch.setattr(accelerate, "PartialState", lambda **options: state)
+            monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine: mine * world_size)
 
     return describe
 
 
 def test_one_process_takes_every_gpu(machine):
     machine(num_gpus=4)
-    assert find_launch("auto") == Launch(0, 1, ["cuda:0", "cuda:1", "cuda:2", "cuda:3"], 4)
-    assert find_launch("cuda:2") == Launch(0, 1, ["cuda:2"], 1)
-    assert find_launch("cpu") == Launch(0, 1, ["cpu"], 1)
+    assert find_launch("auto") == Launch(0, ["cuda:0", "cuda:1", "cuda:2", "cuda:3"], [4])
+    assert find_launch("cuda:2") == Launch(0, ["cuda:2"], [1])
+    assert find_launch("cpu") == Launch(0, ["cpu"], [1])
 
 
 def test_without_gpus_the_cpu_encodes(machine):
     machine(num_gpus=0)
-    assert find_launch("auto") == Launch(0, 1, ["cpu"], 1)
+    assert find_launch("auto") == Launch(0, ["cpu"], [1])
 
 
-def test_two_processes_of_a_machine_share_its_gpus(machine):
-    machine(num_gpus=4, rank=0, world_size=2, local_rank=0, num_local=2)
-    assert find_launch("auto") == Launch(0, 2, ["cuda:0", "cuda:2"], 4)
-    machine(num_gpus=4, rank=1, world_size=2, local_rank=1, num_local=2)
-    assert find_launch("auto") == Launch(1, 2, ["cuda:1", "cuda:3"], 4)
-
-
-def test_one_process_a_gpu_takes_its_own(machine):
-    taken = []
-    for rank in range(4):
-        machine(num_gpus=4, rank=rank, world_size=4, local_rank=rank, num_local=4)
-        launch = find_launch("auto")
-        # The cores are shared out among all four, not among this process's own.
-        assert launch.num_local_encoders == 4
-        taken += launch.devices
-    assert taken == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
-
-
-def test_one_process_a_machine_takes_all_gpus_of_its_machine(machine):
-    for rank in range(2):
-        machine(num_gpus=4, rank=rank, world_size=2, local_rank=0, num_local=1)
-        assert find_launch("auto") == Launch(rank, 2, ["cuda:0", "cuda:1", "cuda:2", "cuda:3"], 4)
+def test_one_of_a_machines_processes_takes_all_its_gpus(machine):
+    """So that clips are dealt out to the GPUs of a machine as they ask, whatever launched it."""
+    for local_rank, devices in enumerate((["cuda:0", "cuda:1", "cuda:2", "cuda:3"], [], [], [])):
+        for machine_rank in range(2):
+            machine(num_gpus=4, rank=4 * machine_rank + local_rank, world_size=8, local_rank=local_rank)
+            assert find_launch("auto").devices == devices
 
 
 @pytest.mark.parametrize("device", ["cuda:4", "cuda", "cuda:-1", "gpu"])
@@ -75,47 +63,96 @@ def test_device_that_is_not_there_is_refused(machine, device):
         find_launch(device)
 
 
-class BrokenSupervisor:
+def clips(number):
+    return [ClipRecord(f"{n:03d}", "t", f"/{n}.mp4", 0.0, None, "a rabbit") for n in range(number)]
+
+
+@pytest.mark.parametrize(
+    ("num_clips", "num_devices", "sizes"),
+    [
+        (10, [1], [10]),
+        (10, [4, 0, 1, 0], [8, 0, 2, 0]),
+        (3, [2, 2], [1, 2]),
+        (0, [1, 1], [0, 0]),
+        (1, [1] * 3, [0, 0, 1]),
+    ],
+)
+def test_shares_go_by_devices_and_hold_every_clip_once(num_clips, num_devices, sizes):
+    shares = share_out(clips(num_clips), num_devices)
+    assert [len(share) for share in shares] == sizes
+    assert [record for share in shares for record in share] == clips(num_clips)
+
+
+class BrokenEngine:
     """Every GPU of this machine is broken."""
 
     def run(self):
         raise EncodersDied("the encoder on cuda:0 died 4 times")
 
 
-@pytest.fixture
-def two_machines(store, monkeypatch):
-    """A work list of one block that two machines share, and the first machine's attempt to run it to the end."""
-    monkeypatch.setattr(encode, "HEARTBEAT_SECONDS", 0.05)
-    monkeypatch.setattr(encode, "SILENCE_SECONDS", 0.5)
-    work = WorkList(store.path)
-    work.create([ClipRecord("abc", "test", "/a.mp4", 0.0, None, "a rabbit")], num_encoders=2)
-    settings = SimpleNamespace(store_path=store.path)
-    launch = Launch(0, 2, ["cuda:0"], 1)
-    return work, lambda supervisor: encode._run_to_the_end(supervisor, settings, launch)
-
-
-def test_no_encoder_is_started_to_wait_for_blocks_in_others_hands(two_machines):
-    work, run_to_the_end = two_machines
-    block = work.take("another machine")
-    starts = []
-    monitor = SimpleNamespace(run=lambda: starts.append(work.counts()))
-    finishing = threading.Timer(0.4, lambda: work.finish(block))
-    finishing.start()
-    run_to_the_end(monitor)
-    assert starts == [(0, 1)]
-
-
-def test_a_machine_whose_gpus_are_broken_waits_for_the_others(two_machines, capsys):
-    work, run_to_the_end = two_machines
-    block = work.take("another machine")
-    finishing = threading.Timer(0.8, lambda: work.finish(block))
-    finishing.start()
-    run_to_the_end(BrokenSupervisor())
-    assert not finishing.is_alive()
-    assert "rank 0 stops encoding, the others go on: the encoder on cuda:0 died" in capsys.readouterr().out
-
-
-def test_a_machine_whose_gpus_are_broken_says_so_when_no_other_is_left(two_machines):
-    _, run_to_the_end = two_machines
+def test_a_machine_whose_gpus_are_broken_does_not_end_the_others(capsys):
+    failure = encode._run_to_the_end(BrokenEngine(), Launch(1, ["cuda:0"], [1, 1]))
+    assert isinstance(failure, EncodersDied)
+    assert "rank 1 stops encoding, the others go on: the encoder on cuda:0 died" in capsys.readouterr().out
     with pytest.raises(EncodersDied):
-        run_to_the_end(BrokenSupervisor())
+        encode._run_to_the_end(BrokenEngine(), Launch(0, ["cuda:0"], [1]))
+
+
+@pytest.fixture
+def two_machines(monkeypatch):
+    monkeypatch.setattr(encode, "LOOK_AGAIN_SECONDS", 0.05)
+    return Launch(0, ["cpu"], [1, 1])
+
+
+HOLDER = """
+import sys, time
+from exvideo_train import locks
+with locks.hold(__import__("pathlib").Path(sys.argv[1]), "", ""):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_first_rank_waits_for_one_that_lives(two_machines, tmp_path):
+    path = encode._totals_path(tmp_path, 1)
+
+    def other_rank():
+        atomic_write_json(path, totals_to_json([Totals(num_encoded=3)]))
+
+    with subprocess.Popen([sys.executable, "-c", HOLDER, path.with_suffix("")], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        finishing = threading.Timer(1.0, other_rank)
+        finishing.start()
+        try:
+            began = time.monotonic()
+            totals, missing = encode._wait_for_others(tmp_path, two_machines)
+        finally:
+            holder.kill()
+    assert time.monotonic() - began > 0.9
+    assert (totals, missing) == ([Totals(num_encoded=3)], [])
+
+
+def test_a_rank_that_was_killed_is_not_waited_for(two_machines, tmp_path, capsys):
+    path = encode._totals_path(tmp_path, 1)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, path.with_suffix("")], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        holder.kill()
+    assert encode._wait_for_others(tmp_path, two_machines) == ([], [1])
+    assert "no figures from rank 1" in capsys.readouterr().out
+
+
+def test_a_rank_that_never_showed_is_not_waited_for_long(two_machines, tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "SILENCE_SECONDS", 0.2)
+    assert encode._wait_for_others(tmp_path, two_machines) == ([], [1])
+
+
+def test_what_another_machine_left_over_is_said(store, capsys):
+    (geometry,) = store.geometries()
+    done = [store.read_index()[geometry.name, clip_id] for clip_id in store.clip_ids(geometry)[:2]]
+    captions = {entry.clip_id: store.read(entry.clip_id, geometry).caption for entry in done}
+    share = [ClipRecord(clip_id, "t", "/a.mp4", 0.0, None, caption) for clip_id, caption in captions.items()]
+    settings = SimpleNamespace(geometry=geometry)
+    encode._say_what_is_left(settings, store, [clips(3), share])
+    assert capsys.readouterr().out == ""
+    encode._say_what_is_left(settings, store, [[], [*share, *clips(3)], []])
+    assert "rank 1 left 3 clips over" in capsys.readouterr().out

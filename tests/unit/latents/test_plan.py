@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.store import settings_for
 
 from exvideo_train.clips.record import ClipRecord, make_clip_id, write_manifest
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.plan import make_plan, take_from_index, write_index
-from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.models.normalisation import Normalisation
 
@@ -40,18 +40,9 @@ def settings(tmp_path):
     for part, config in (("vae", {"latent_channels": 2}), ("text_encoder", {"d_model": 6})):
         (tmp_path / "model" / part).mkdir(parents=True)
         (tmp_path / "model" / part / "config.json").write_text(json.dumps(config))
-    return EncodeSettings(
-        model_path=tmp_path / "model",
-        store_path=tmp_path / "store",
-        fingerprint=fingerprint_of(GEOMETRY),
-        normalisation=Normalisation((0.7,)),
-        dtype="fp32",
-        tiling=False,
-        decode_workers=1,
-        prefetch_clips=1,
-        clip_timeout_seconds=1.0,
-        recycle_after_clips=1,
-    )
+    store = LatentStore.create(tmp_path / "store", Normalisation((0.7,)))
+    store.add_geometry(fingerprint_of(GEOMETRY))
+    return settings_for(store, GEOMETRY, tmp_path / "model")
 
 
 def plan_of(settings, clips, max_clips=0):
@@ -66,8 +57,7 @@ def encoded(settings):
     """Four clips in a store, the last at a rate of its own."""
     clips = records(4)
     clips[3] = replace(clips[3], sampling_fps=12.5)
-    store = LatentStore.create(settings.store_path, settings.normalisation)
-    store.add_geometry(settings.fingerprint)
+    store = LatentStore.open(settings.store_path)
     store.write_index(write(store, record) for record in clips)
     return clips
 

@@ -5,9 +5,8 @@ from dataclasses import asdict
 import pytest
 
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.encode_worker import Totals
 from exvideo_train.latents.plan import Plan
-from exvideo_train.latents.report import earlier_refusals, make_report, totals_from_json, totals_to_json
+from exvideo_train.latents.report import Totals, earlier_refusals, make_report, totals_from_json, totals_to_json
 from exvideo_train.latents.store import Quarantine
 
 

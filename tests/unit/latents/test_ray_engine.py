@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from exvideo_train.latents.shared_captions import SharedCaptions
+from exvideo_train.latents.ray_engine import SharedCaptions
 
 
 def test_each_caption_is_encoded_once_however_many_ask(tmp_path):
