@@ -164,7 +164,7 @@ def model_fingerprint(
 
     Args:
         model_path: local folder in the published layout; a component that is absent is left unknown.
-        geometry: frames, size and rate of the samples.
+        geometry: frames, size and rate of the clips.
         decoder: ``decord`` or ``pyav``, as of :func:`~exvideo_train.clips.reader.read_frames`; None leaves it open.
         vae_dtype, text_dtype: number formats of the encoders; None leaves them open.
         tiling: whether the VAE encodes in tiles; None leaves it open.

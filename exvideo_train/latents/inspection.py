@@ -44,10 +44,12 @@ from exvideo_train.models.stages import VideoEncoder
 Index = Mapping[tuple[str, str], IndexEntry]
 _OF_A_STORE = ("store.json", "index.jsonl", "empty_prompt.safetensors")
 _STRAYS_SHOWN = 20
+_FRAMES_SHOWN = 8
+_CAPTION_LETTERS = 110
 
 
 @dataclass
-class Verification:
+class GeometryFindings:
     """What was found in one geometry: clip ids, and reasons of the damaged and of those that could not be read."""
 
     geometry: Geometry
@@ -93,7 +95,7 @@ class Survey:
 
 
 @dataclass
-class StoreVerification:
+class StoreFindings:
     """What was found in a store.
 
     Attributes:
@@ -105,7 +107,7 @@ class StoreVerification:
         moved: where repair put damaged files, and a copy of a damaged index.
     """
 
-    geometries: list[Verification]
+    geometries: list[GeometryFindings]
     survey: Survey
     empty_prompt_damage: str | None = None
     empty_prompt_unreadable: str | None = None
@@ -157,7 +159,7 @@ def _listing(title: str, items: Sequence[str], count: int | None = None) -> list
     return [f"{title}: {len(items) if count is None else count}", *(f"  {item}" for item in items)] if items else []
 
 
-def verify_store(store: LatentStore, repair: bool, num_workers: int = 0) -> StoreVerification:
+def verify_store(store: LatentStore, repair: bool, num_workers: int = 0) -> StoreFindings:
     """Read every file, compare it with its checksum and with the index.
 
     Args:
@@ -168,7 +170,7 @@ def verify_store(store: LatentStore, repair: bool, num_workers: int = 0) -> Stor
     Raises:
         UserError: the store cannot be repaired: it is not writable, or another process works in it.
     """
-    found = StoreVerification([], survey_store(store))
+    found = StoreFindings([], survey_store(store))
     indexed: Index = {}
     try:
         indexed, damage = read_index_lines(store.path, store.index_path)
@@ -193,7 +195,7 @@ def verify_store(store: LatentStore, repair: bool, num_workers: int = 0) -> Stor
     return found
 
 
-def _repair(store: LatentStore, found: StoreVerification, indexed: Index) -> None:
+def _repair(store: LatentStore, found: StoreFindings, indexed: Index) -> None:
     if read_index_lines(store.path, store.index_path)[0] != indexed:
         raise UserError(f"latents={store.path}: the store was changed while it was verified; verify it again")
     if found.index_damage:
@@ -240,8 +242,8 @@ def _check_empty_prompt(store: LatentStore) -> UnusableLatent | None:
 
 def _verify_geometry(
     store: LatentStore, geometry: Geometry, on_disk: Sequence[str], indexed: Index, num_workers: int
-) -> Verification:
-    result = Verification(geometry)
+) -> GeometryFindings:
+    result = GeometryFindings(geometry)
     # The indexed ones too: of a folder that cannot be listed, some files may be read, and none may look missing.
     ids = sorted({*on_disk, *(clip_id for name, clip_id in indexed if name == geometry.name)})
     # Hashing and reading files release the interpreter lock.
@@ -311,8 +313,7 @@ def _list(store: LatentStore, folder: Path, survey: Survey) -> list[os.DirEntry[
     return [entry for entry in entries if not entry.is_symlink()]
 
 
-FRAMES_SHOWN = 8
-CAPTION_LENGTH = 110
+# -- measuring and looking ------------------------------------------------------------------------------------
 
 
 def _spread(items: Sequence[str], count: int) -> list[str]:
@@ -381,14 +382,14 @@ def write_previews(store: LatentStore, model_path: Path, device: str, num_clips:
 def _preview_rows(
     store: LatentStore, geometry: Geometry, vae: VideoEncoder, num_clips: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """(label, frames) of each clip, FRAMES_SHOWN evenly spread frames uint8 (F, H, W, C)."""
+    """(label, frames) of each clip, _FRAMES_SHOWN evenly spread frames uint8 (F, H, W, C)."""
     for clip_id in _spread(store.clip_ids(geometry), num_clips):
         clip = store.read(clip_id, geometry)
         latents_CTHW = store.normalisation.mean(clip.tensors[store.family.latents_name])
         frames_FHWC, _ = vae.decode(latents_CTHW.transpose(0, 1))
         last = frames_FHWC.shape[0] - 1
-        shown = [round(index * last / (FRAMES_SHOWN - 1)) for index in range(FRAMES_SHOWN)]
-        yield f"{clip_id}  {clip.caption[:CAPTION_LENGTH]}", frames_FHWC[shown]
+        shown = [round(index * last / (_FRAMES_SHOWN - 1)) for index in range(_FRAMES_SHOWN)]
+        yield f"{clip_id}  {clip.caption[:_CAPTION_LETTERS]}", frames_FHWC[shown]
 
 
 def _contact_sheet(rows: list[tuple[str, Tensor]]) -> bytes:
@@ -398,7 +399,7 @@ def _contact_sheet(rows: list[tuple[str, Tensor]]) -> bytes:
 
     width, label_height = 240, 16
     height = round(width * rows[0][1].shape[1] / rows[0][1].shape[2])
-    sheet = Image.new("RGB", (FRAMES_SHOWN * width, len(rows) * (height + label_height)), "white")
+    sheet = Image.new("RGB", (_FRAMES_SHOWN * width, len(rows) * (height + label_height)), "white")
     drawing = ImageDraw.Draw(sheet)
     for number, (label, frames_FHWC) in enumerate(rows):
         top = number * (height + label_height)

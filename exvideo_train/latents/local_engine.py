@@ -301,7 +301,7 @@ class EncodersDied(UserError):
 
 
 @dataclass
-class _Encoder:
+class _EncoderProcess:
     """An encoding process.
 
     Attributes:
@@ -344,12 +344,12 @@ class LocalEngine:
         self.clips = ClipQueue(records)
         self.on_progress = on_progress
         self.totals: list[Totals] = []
-        self._events: queue.Queue[tuple[_Encoder, tuple[Any, ...] | None]] = queue.Queue()
+        self._events: queue.Queue[tuple[_EncoderProcess, tuple[Any, ...] | None]] = queue.Queue()
         self._deaths: Counter[str] = Counter()
         # By device, the clip in work at each death since it last finished one.
         self._deaths_in_a_row: defaultdict[str, list[ClipRecord | None]] = defaultdict(list)
         self._num_started = 0
-        self._running: list[_Encoder] = []
+        self._running: list[_EncoderProcess] = []
 
     def run(self) -> None:
         """Encode every clip; without clips one encoder still writes the empty prompt.
@@ -388,11 +388,11 @@ class LocalEngine:
         process = context.Process(target=encoder_main, args=(theirs, self.settings, device))
         process.start()
         theirs.close()
-        encoder = _Encoder(self._num_started, device, process, ours)
+        encoder = _EncoderProcess(self._num_started, device, process, ours)
         self._running.append(encoder)
         threading.Thread(target=self._listen, args=(encoder,), daemon=True).start()
 
-    def _listen(self, encoder: _Encoder) -> None:
+    def _listen(self, encoder: _EncoderProcess) -> None:
         while True:
             try:
                 self._events.put((encoder, encoder.connection.recv()))
@@ -407,13 +407,13 @@ class LocalEngine:
                 encoder.hung = True
                 encoder.process.kill()
 
-    def _patience_seconds(self, encoder: _Encoder) -> float:
+    def _patience_seconds(self, encoder: _EncoderProcess) -> float:
         # Between two clips it may wait for a decoder that is at its own limit.
         waiting = encoder.current is None
         seconds = self.settings.seconds_to_encode(encoder.device)
         return seconds + ATTEMPTS_AFTER_DEATH * self.settings.options.clip_timeout_seconds * waiting
 
-    def _handle(self, encoder: _Encoder, message: tuple[Any, ...]) -> None:
+    def _handle(self, encoder: _EncoderProcess, message: tuple[Any, ...]) -> None:
         encoder.heard = time.monotonic()
         kind = message[0]
         if kind == "want":
@@ -431,7 +431,7 @@ class LocalEngine:
         elif kind == "error":
             raise UserError(message[1])
 
-    def _deal(self, encoder: _Encoder) -> None:
+    def _deal(self, encoder: _EncoderProcess) -> None:
         record = self.clips.take(encoder.number)
         if record is not None:
             encoder.in_work[record.clip_id] = record
@@ -439,7 +439,7 @@ class LocalEngine:
         with suppress(OSError):
             encoder.connection.send(record)
 
-    def _ended(self, encoder: _Encoder) -> None:
+    def _ended(self, encoder: _EncoderProcess) -> None:
         encoder.process.join()
         self._running.remove(encoder)
         self.totals.append(encoder.totals)
@@ -452,7 +452,7 @@ class LocalEngine:
             # Given back when the others had been told that nothing was left.
             self._start(self.devices[0])
 
-    def _died(self, encoder: _Encoder) -> None:
+    def _died(self, encoder: _EncoderProcess) -> None:
         cause = f"exit code {encoder.process.exitcode}"
         if encoder.hung:
             cause = f"killed after {self._patience_seconds(encoder):g} s without a sign of life"

@@ -144,6 +144,9 @@ def place_aside(root: Path, path: Path) -> Path:
     return free
 
 
+# -- fields: what one may hold, said in the words that its error uses --------------------------------------------
+
+
 @dataclass(frozen=True)
 class Kind:
     """Values that a field may have, and their name in "must be ..."."""

@@ -3,133 +3,40 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from functools import partial
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from support.processes import ended
-from support.ranks import free_port
+from support.encoding import (
+    GEOMETRY,
+    REPOSITORY,
+    SCRIPT,
+    TIMEOUT_SECONDS,
+    arguments,
+    finish,
+    identity,
+    record_of,
+    run_here,
+)
 
 from exvideo_train.clips.reader import read_frames
-from exvideo_train.clips.record import ClipRecord, make_clip_id, write_manifest
-from exvideo_train.config.latents import EncodeLatents, InspectLatents, StoreAction
-from exvideo_train.entry import compose_config, to_dataclass
+from exvideo_train.clips.record import write_manifest
+from exvideo_train.config.latents import InspectLatents, StoreAction
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents import encode
 from exvideo_train.latents.__main__ import inspect_latents
-from exvideo_train.latents.encode import Launch, encode_latents
-from exvideo_train.latents.report import Totals, totals_to_json
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.locks import hold
 from exvideo_train.models.cogvideox.encoders import TextEncoder, VideoEncoder
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = "data_prep/encode_latents.py"
-GEOMETRY = Geometry(9, 64, 96, 25)
-# A run takes 10 s on an idle machine; a busy one may need many times as long.
-TIMEOUT_SECONDS = 840
-
-
-def record_of(video, start, caption, end=None):
-    return ClipRecord(make_clip_id("test", str(video), start, end), "test", str(video), start, end, caption)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, clip_path):
-    """A manifest with 6 good clips, 3 captions and several kinds of bad input."""
-    folder = tmp_path_factory.mktemp("data")
-    good = [record_of(clip_path, 0.4 * n, f"caption {n // 2}") for n in range(6)]
-    (folder / "text.mp4").write_text("this is not a video")
-    (folder / "empty.mp4").touch()
-    (folder / "cut.mp4").write_bytes(clip_path.read_bytes()[:20_000])
-    bad = [
-        record_of(folder / "missing.mp4", 0, "x"),
-        record_of(folder / "text.mp4", 0, "x"),
-        record_of(folder / "empty.mp4", 0, "x"),
-        record_of(folder / "cut.mp4", 0, "x"),
-        record_of(clip_path, 500, "x"),
-        record_of(clip_path, 2, "x", 1),
-    ]
-    # A line that names a clip again must not encode it again.
-    write_manifest(folder / "clips.jsonl", [*good[:3], *bad, *good[3:], good[0]])
-    write_manifest(folder / "good.jsonl", good)
-    return folder, good, bad
 
 
 @pytest.fixture
 def run_command(run_command):
     """The shared fixture, with this file's patience."""
     return partial(run_command, timeout_seconds=TIMEOUT_SECONDS)
-
-
-def arguments(model, manifest, store, *more):
-    return [
-        SCRIPT,
-        "+exp=demo",
-        f"model.path={model}",
-        "num_frames=9",
-        f"manifest={manifest}",
-        f"latents={store}",
-        "device=cpu",
-        "decode_workers=1",
-        *more,
-    ]
-
-
-def run_here(command):
-    """The command in this process, for runs that start no encoder."""
-    encode_latents(to_dataclass(compose_config("encode_latents", command[1:], EncodeLatents), EncodeLatents))
-
-
-def identity(store):
-    """Every file of a store outside reports/."""
-    paths = (path for path in Path(store).rglob("*") if path.is_file())
-    names = {str(path.relative_to(store)): path for path in paths}
-    return {name: path.read_bytes() for name, path in names.items() if not name.startswith("reports/")}
-
-
-def finish(command, cwd, timeout_seconds=TIMEOUT_SECONDS):
-    """Run a command to its end: (exit status, its output, what it wrote to stderr)."""
-    with ended(
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
-    ) as process:
-        stdout, stderr = process.communicate(timeout=timeout_seconds)
-        return process.returncode, stdout, stderr
-
-
-def wait_until(condition, process):
-    """Poll until a condition holds; the process must live meanwhile."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not (found := condition()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
-    return found
-
-
-@pytest.fixture(scope="module")
-def whole(data, tiny_model_5b, tmp_path_factory):
-    """The store of an uninterrupted run over all clips, and that run's output."""
-    store = tmp_path_factory.mktemp("whole") / "store"
-    command = arguments(tiny_model_5b, data[0] / "clips.jsonl", store)
-    command[0] = str(REPOSITORY / SCRIPT)
-    status, stdout, stderr = finish([sys.executable, *command], store.parent)
-    assert status == 0, stdout + stderr
-    return store, stdout
-
-
-@pytest.fixture(scope="module")
-def good_identity(data, whole):
-    """What a store of the good clips alone must be: the same files and the same index."""
-    return identity(whole[0])
 
 
 def test_store_holds_what_the_encoders_give(data, whole, tiny_model_5b):
@@ -336,90 +243,6 @@ def test_quarantined_clips_are_tried_again_when_asked(data, tiny_model_5b, run_c
     assert "quarantined  0" in result.stdout
 
 
-def _encoders(process):
-    """Encoding processes of a running command."""
-    found = psutil.Process(process.pid).children()
-    return [child for child in found if _runs_spawned_work(child)]
-
-
-def _runs_spawned_work(process):
-    try:
-        return "spawn_main" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
-
-
-def test_dead_encoder_is_replaced_and_interruption_reports(data, tiny_model_5b, tmp_path, good_identity, run_command):
-    store = tmp_path / "store"
-    command = [sys.executable, str(REPOSITORY / SCRIPT), *arguments(tiny_model_5b, data[0] / "good.jsonl", store)[1:]]
-    with ended(
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
-    ) as process:
-        wait_until(lambda: _encoders(process), process)
-        first = wait_until(lambda: _encoders(process), process)[0]
-        first.kill()
-        wait_until(lambda: [child for child in _encoders(process) if child.pid != first.pid], process)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-    assert process.returncode == 130, output
-    assert "died (exit code -9) and is replaced" in output
-    assert "the same command again continues" in output
-    assert "remaining" in output
-    run_command(arguments(tiny_model_5b, data[0] / "good.jsonl", store))
-    assert identity(store) == good_identity
-
-
-def test_two_machines_under_accelerate_launch_share_the_work(data, tiny_model_5b, run_command, tmp_path, good_identity):
-    store = tmp_path / "store"
-    command = arguments(tiny_model_5b, data[0] / "clips.jsonl", store)
-    command[0] = str(REPOSITORY / SCRIPT)
-    # For several GPUs accelerate starts torchrun, which needs no GPU; its own launcher for CPUs needs MPI.
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=2", "--num_processes=2"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_ip=127.0.0.1"]
-    launch += [f"--main_process_port={free_port()}"]
-    log = tmp_path / "second.log"
-    with open(log, "wb") as stream:
-        second_machine = [sys.executable, *launch, "--machine_rank=1", *command]
-        process = subprocess.Popen(second_machine, cwd=tmp_path, stdout=stream, stderr=stream, start_new_session=True)
-    with ended(process):
-        result = run_command([*launch, "--machine_rank=0", *command])
-        assert process.wait(60) == 0, log.read_text()
-    assert "on 2 encoder(s)" in result.stdout
-    assert "encoding: 100%" in result.stderr
-    assert identity(store) == good_identity
-
-
-def test_two_encoders_of_one_process_give_the_same_store(
-    data, tiny_model_5b, tmp_path, good_identity, monkeypatch, capsys
-):
-    """As on a machine with two GPUs and no launcher."""
-    monkeypatch.setattr(encode, "find_launch", lambda device: Launch(0, ["cpu", "cpu"], [2]))
-    store = tmp_path / "store"
-    # As an earlier run leaves it whose first rank was killed: no figures of this run.
-    stale = store / "reports" / "ranks" / "00001.json"
-    stale.parent.mkdir(parents=True)
-    stale.write_text(json.dumps(totals_to_json([Totals(num_encoded=1000)])))
-    run_here(arguments(tiny_model_5b, data[0] / "clips.jsonl", store))
-    assert "on 2 encoder(s)" in capsys.readouterr().out
-    assert not stale.exists()
-    assert identity(store) == good_identity
-
-
-def test_ray_gives_the_same_store(data, tiny_model_5b, run_command, tmp_path, good_identity):
-    store = tmp_path / "store"
-    # As two runs leave it that were killed whole while they encoded this healthy clip.
-    clip_id = data[1][2].clip_id
-    attempts = store / "reports" / "attempts" / clip_id[:3]
-    attempts.mkdir(parents=True)
-    for number in range(2):
-        (attempts / f"{clip_id}.{number}").touch()
-    command = arguments(tiny_model_5b, data[0] / "clips.jsonl", store, "engine=ray")
-    result = run_command(command, env={"RAY_TMPDIR": "/tmp"})
-    assert "encoded      6" in result.stdout
-    assert "quarantined  6" in result.stdout
-    assert identity(store) == good_identity
-
-
 def test_store_commands(data, tiny_model_5b, run_command, tmp_path, whole):
     store = tmp_path / "store"
     subprocess.run(["cp", "-r", whole[0], store], check=True)
@@ -447,11 +270,3 @@ def test_store_commands(data, tiny_model_5b, run_command, tmp_path, whole):
     assert (tmp_path / f"preview_{GEOMETRY.name}.png").stat().st_size > 10_000
     run_command(arguments(tiny_model_5b, data[0] / "clips.jsonl", store))
     assert identity(store) == identity(whole[0])
-
-
-def test_killed_runs_end_in_the_uninterrupted_store(tmp_path):
-    script = REPOSITORY / "benchmarks" / "kill_encoding.py"
-    status, stdout, stderr = finish(
-        [sys.executable, script, "--kills", "2", "--clips", "14", "--folder", tmp_path], tmp_path
-    )
-    assert status == 0, stdout + stderr
