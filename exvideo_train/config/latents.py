@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
 from omegaconf import MISSING
 
 from exvideo_train.config.experiment import Dtype, Experiment
-from exvideo_train.config.options import Options
+from exvideo_train.config.options import Options, Range
 
 
 class EncodeEngine(Enum):
@@ -42,18 +43,18 @@ class EncodeLatents(Experiment):
     """Encode frames in tiles: less GPU memory, slightly other latents. A store is either tiled or not."""
     device: str = "auto"
     """auto takes every GPU, else the CPU; cuda:N takes one; cpu takes none."""
-    decode_workers: int = 0
+    decode_workers: Annotated[int, Range(0)] = 0
     """Decoding processes an encoder; 0 shares the machine's cores out among its encoders."""
-    prefetch_clips: int = 4
+    prefetch_clips: Annotated[int, Range(1)] = 4
     """Decoded clips that wait for an encoder; 129 frames of 480x720 are 134 MB each."""
-    clip_timeout_seconds: float = 300.0
+    clip_timeout_seconds: Annotated[float, Range(above=0)] = 300.0
     """Decoding one clip may take so long before its process is killed and the clip quarantined."""
-    encode_timeout_seconds: float = 0.0
+    encode_timeout_seconds: Annotated[float, Range(0)] = 0.0
     """Encoding one clip may take so long before its encoder is killed as hanging, and after the second time the clip
     quarantined. 0 takes 1800 on a GPU and 18000 on the CPU."""
-    recycle_after_clips: int = 200
+    recycle_after_clips: Annotated[int, Range(1)] = 200
     """A decoding process is replaced after so many clips, so that a decoder's leaks cannot grow."""
-    max_clips: int = 0
+    max_clips: Annotated[int, Range(0)] = 0
     """Encode so many clips and stop, with the projected time for the rest; 0 encodes all."""
     retry_quarantined: bool = False
     """Try quarantined clips again."""

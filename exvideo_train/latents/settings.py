@@ -92,12 +92,6 @@ def resolve_settings(config: EncodeLatents, num_encoders: int) -> EncodeSettings
     Raises:
         UserError: an option has no sense, or the model is not there.
     """
-    for name in ("prefetch_clips", "recycle_after_clips", "clip_timeout_seconds"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"{name}={getattr(config, name)}: must be positive")
-    for name in ("decode_workers", "max_clips", "encode_timeout_seconds"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name}={getattr(config, name)}: must be 0 or more")
     if not Path(config.manifest).is_file():
         raise UserError(f"manifest={config.manifest} does not exist; write it with data_prep/build_manifest.py")
     refuse_inputs("latents", [Path(config.latents) / "index.jsonl"], {"manifest": [Path(config.manifest)]})
