@@ -251,12 +251,13 @@ class Trainer:
         self.logger.step_line(self.step, values)
         self.samples.poll()
         if new := sorted(corrupt - self.reported_corrupt):
-            self.logger.message(f"step {self.step}: corrupt latents, replaced by the next in order: {', '.join(new)}")
+            names = ", ".join(new)
+            self.logger.message(f"step {self.step}: damaged or unreadable, replaced by the next in order: {names}")
             self.reported_corrupt |= corrupt
         if len(corrupt) > self.config.data.max_corrupt_clips:
             self._give_up(
-                f"{len(corrupt)} latent files are corrupt, more than data.max_corrupt_clips="
-                f"{self.config.data.max_corrupt_clips}; repair the store with "
+                f"{len(corrupt)} latent files are damaged or cannot be read, more than data.max_corrupt_clips="
+                f"{self.config.data.max_corrupt_clips}; which of both, and what to do, says "
                 f"python -m exvideo_train.latents verify latents={self.config.latents}"
             )
         if not last.applied and self.mesh.any(not self.engine.holds_finite_weights()):
