@@ -20,6 +20,8 @@ class AdapterFormat(Enum):
     diffusers = "diffusers"
     diffsynth = "diffsynth"
     comfyui = "comfyui"
+    peft = "peft"
+    kohya = "kohya"
 
 
 class Weights(Enum):
@@ -49,7 +51,8 @@ class Export(Options):
     adapter: str = MISSING
     """File to write, ending in .safetensors."""
     format: AdapterFormat = AdapterFormat.diffusers
-    """diffusers (also PEFT), diffsynth (alpha/rank folded in), comfyui."""
+    """diffusers (also PEFT), diffsynth and comfyui (alpha/rank folded in), peft (a folder's adapter_model.safetensors
+    and its adapter_config.json), kohya (lora_down, lora_up and alpha)."""
     weights: Weights = Weights.raw
     """raw, or ema when the run kept a moving average."""
     step: int | None = None

@@ -32,7 +32,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def write_lora_config(rank: int, alpha: float, targets: Sequence[str]) -> str:
+def write_lora_config(rank: int, alpha: float, targets: Sequence[str], prefix: str = _PREFIX) -> str:
     """The fields that say what the file is; a fuller config is refused by older PEFT."""
     config = {
         "peft_type": "LORA",
@@ -47,16 +47,17 @@ def write_lora_config(rank: int, alpha: float, targets: Sequence[str]) -> str:
         "use_dora": False,
         "use_rslora": False,
     }
-    return json.dumps({f"{_PREFIX}{name}": value for name, value in config.items()}, indent=2, sort_keys=True)
+    return json.dumps({f"{prefix}{name}": value for name, value in config.items()}, indent=2, sort_keys=True)
 
 
-def read_lora_config(text: str, rank: int, modules: Collection[str], where: str) -> tuple[float, tuple[str, ...]]:
+def read_lora_config(
+    text: str | bytes, rank: int, modules: Collection[str], where: str
+) -> tuple[float, tuple[str, ...]]:
     """Alpha and targets of a file whose tensors have ``rank`` and update ``modules``; ``where`` is named in errors.
 
     Raises:
         UserError: it is broken, contradicts the tensors, or has a field set that is not understood here.
     """
-    where = f"{where}: {METADATA_KEY} in its header"
     fields = read_json_object(text, where)
     config = {name.removeprefix(_PREFIX): value for name, value in fields.items()}
     if len(config) != len(fields):
@@ -72,7 +73,7 @@ def read_lora_config(text: str, rank: int, modules: Collection[str], where: str)
     return alpha, targets
 
 
-def read_json_object(text: str, where: str) -> dict[str, Any]:
+def read_json_object(text: str | bytes, where: str) -> dict[str, Any]:
     """A header's value that is an object as JSON text.
 
     Raises:

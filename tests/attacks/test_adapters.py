@@ -30,6 +30,9 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "
 BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
 PAIR: dict[str, Any] = {A: (RANK, CHANNELS), B: (CHANNELS, RANK)}
 CONFIG = {"r": RANK, "lora_alpha": 4.0, "target_modules": ["attn1.to_q"], "peft_type": "LORA"}
+FLAT = MODULE.replace(".", "_")
+KOHYA: dict[str, Any] = {f"lora_unet_{FLAT}.lora_down.weight": PAIR[A], f"lora_unet_{FLAT}.lora_up.weight": PAIR[B]}
+FOUR = ("F32", (), struct.pack("<f", 4.0))
 
 
 def file(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -71,6 +74,13 @@ def ours(**fields: Any) -> bytes:
     """A whole adapter whose provenance has changed fields."""
     provenance = make_provenance("tiny", "cogvideox", Geometry(9, 64, 96, 8), steps=7) | {"rank": RANK, "alpha": 4.0}
     return file(PAIR, {OURS: json.dumps({**provenance, "adapter_format": "comfyui", **fields})})
+
+
+def kohya(module: str, *alpha: Any, stem: str = "lora_unet_{}", **metadata: str) -> bytes:
+    """A pair in Kohya's names, with alpha if it is given as a safetensors entry."""
+    name = stem.format(module)
+    tensors: dict[str, Any] = {f"{name}.lora_down.weight": PAIR[A], f"{name}.lora_up.weight": PAIR[B]}
+    return file(tensors | ({f"{name}.alpha": alpha} if alpha else {}), metadata or None)
 
 
 def renamed(*pairs: str) -> bytes:
@@ -118,7 +128,9 @@ NAMES = [
     refused(
         "kohya's names", renamed("lora_unet_blocks_0_attn1_to_q.{}.weight").replace(b"lora_A", b"lora_D"), "no LoRA"
     ),
-    refused("alpha as a tensor", file({**PAIR, f"transformer.{MODULE}.alpha": ()}), "alpha", "no LoRA tensor"),
+    refused(
+        "alpha as a tensor beside A and B", file({**PAIR, f"transformer.{MODULE}.alpha": ()}), "alpha", "no LoRA tensor"
+    ),
     refused("DoRA's magnitude", file({**PAIR, f"transformer.{MODULE}.lora_magnitude_vector": (4,)}), "magnitude"),
     refused("a bias", file({**PAIR, f"transformer.{MODULE}.lora_B.bias": (4,)}), "lora_B.bias", "no LoRA tensor"),
     refused("an embedding", file({**PAIR, f"transformer.{MODULE}.lora_embedding_A": (4, 2)}), "no LoRA tensor"),
@@ -158,7 +170,44 @@ NAMES = [
     refused("a name of a million parts", renamed("a." * 1_000_000 + "b.{}.weight"), "no LoRA tensor"),
     refused("a module that the model has not", renamed("transformer_blocks.99.attn1.to_q.{}.weight"), "does not fit"),
     refused("a LayerNorm", renamed("norm_final.{}.weight"), "does not fit", "norm_final"),
+    refused("kohya's name of an unknown Linear", kohya("blocks_0_attn7_to_q"), "attn7", "no LoRA tensors"),
+    refused("kohya's text encoder", kohya("q", stem="lora_te_{}"), "does not fit", "lora_te_q"),
+    refused("kohya's B missing", file({f"lora_unet_{FLAT}.lora_down.weight": PAIR[A]}), "lora_B.weight is missing"),
+    refused("kohya's alpha alone", file({f"lora_unet_{FLAT}.alpha": ()}), ".alpha", "no LoRA tensor"),
+    refused("kohya's DoRA", file({**KOHYA, f"lora_unet_{FLAT}.dora_scale": (64, 1)}), "dora_scale", "no LoRA tensor"),
+    refused("LoHa", file({f"lora_unet_{FLAT}.hada_w1_a": (64, 2)}), "hada_w1_a", "no LoRA tensor"),
+    refused("LoCon's middle", file({**KOHYA, f"lora_unet_{FLAT}.lora_mid.weight": (2, 2)}), "lora_mid"),
+    refused("kohya's and diffusers' names", file({**KOHYA, **PAIR}), "two ways"),
+    refused("lora_down and lora_B", file({f"transformer.{MODULE}.lora_down.weight": PAIR[A], B: PAIR[B]}), "two ways"),
+    refused(
+        "a module's two names with underscores",
+        file({**KOHYA, "lora_unet_blocks_0_attn1_to_q.lora_down.weight": PAIR[A]}),
+        "one tensor",
+    ),
+    refused(
+        "forty unknown names, of which some are told",
+        file({f"x.{number}.weight": (2,) for number in range(40)} | {"y.bias": (2,)}),
+        "'x.0.weight', 'y.bias' and 39 more are no LoRA tensors",
+    ),
     refused("another model's size", file({A: (RANK, 48), B: (48, RANK)}), "does not fit", "(2, 48)"),
+]
+ALPHAS = [
+    *(
+        refused(f"alpha {value}", kohya(FLAT, "F32", (), struct.pack("<f", value)), "alpha", str(value)[:3])
+        for value in (math.nan, math.inf, 0.0, -4.0)
+    ),
+    refused("alpha of two numbers", kohya(FLAT, "F32", (2,)), ".alpha", "one number"),
+    refused("alpha as bytes", kohya(FLAT, "U8", ()), ".alpha", "U8"),
+    refused("alpha as I64, huge", kohya(FLAT, "I64", (), struct.pack("<q", 2**62)), ".alpha=4611"),
+    refused("alpha of other modules", file({**KOHYA, "lora_unet_proj_out.alpha": FOUR}), "'proj_out'", "same modules"),
+    refused(
+        "alpha of a tensor and of diffusers' metadata",
+        kohya(FLAT, *FOUR, **{LORA: '{"r":2,"lora_alpha":2}'}),
+        "lora_alpha=2",
+    ),
+    refused("alpha of a tensor and of ours", kohya(FLAT, *FOUR, **{OURS: '{"alpha":2}'}), "alpha=2", "4"),
+    refused("our kohya file without its alpha", kohya(FLAT, **{OURS: '{"adapter_format":"kohya"}'}), "alpha tensors"),
+    refused("our peft file without its config", file(PAIR, {OURS: '{"adapter_format":"peft"}'}), "adapter_config.json"),
 ]
 CONFIGS = [
     refused("not JSON", lora_text("{"), LORA, "not JSON"),
@@ -179,8 +228,8 @@ CONFIGS = [
     refused("alpha a text", lora(lora_alpha="4"), "lora_alpha='4'"),
     refused("alpha true", lora(lora_alpha=True), "lora_alpha=True"),
     refused("alpha a list", lora(lora_alpha=[4]), "lora_alpha=[4]"),
-    refused("alpha 0", lora(lora_alpha=0), "lora_alpha=0", "positive"),
-    refused("alpha negative", lora(lora_alpha=-4), "lora_alpha=-4", "positive"),
+    refused("alpha 0", lora(lora_alpha=0), "lora_alpha=0", "from 1e-06"),
+    refused("alpha negative", lora(lora_alpha=-4), "lora_alpha=-4", "from 1e-06"),
     refused("alpha huge", lora(lora_alpha=1e300), "lora_alpha=1e+300"),
     refused("alpha tiny", lora(lora_alpha=1e-300), "lora_alpha=1e-300"),
     refused("rank of the header", lora(r=8), "r=8", "rank 2"),
@@ -229,7 +278,7 @@ PROVENANCES = [
     refused("rank of other tensors", ours(rank=64), "rank=64", "rank 2"),
     refused("alpha null", ours(alpha=None), "alpha=None"),
     refused("alpha negative", ours(alpha=-1.0), "alpha=-1.0"),
-    refused("format unknown", ours(adapter_format="kohya"), "adapter_format='kohya'"),
+    refused("format unknown", ours(adapter_format="tomorrow"), "adapter_format='tomorrow'"),
     refused("diffusers' without its metadata", ours(adapter_format="diffusers"), "adapter_format=diffusers", LORA),
     refused(
         "alpha folded and stated",
@@ -245,6 +294,16 @@ HELD = [
     held("A and B in other formats", file({A: ("F16", PAIR[A]), B: ("F32", PAIR[B])})),
     held("PEFT's names", renamed(f"base_model.model.{MODULE}.{{}}.weight")),
     held("DiffSynth's names", renamed("blocks.0.attn1.to_q.{}.default.weight")),
+    held("kohya's names", kohya(FLAT, *FOUR)),
+    held("kohya's names without alpha", kohya(FLAT)),
+    held("kohya's names of a nameless root", kohya(FLAT, *FOUR, stem="lora_unet__{}")),
+    held("kohya's names of DiffSynth's modules", kohya("blocks_0_attn1_to_q", *FOUR, stem="lora_transformer_{}")),
+    held("lora_down in dotted names", kohya(MODULE, *FOUR, stem="diffusion_model.{}")),
+    held("alpha as an integer", kohya(FLAT, "I64", (), struct.pack("<q", 4))),
+    held("alpha of one axis", kohya(FLAT, "F32", (1,), FOUR[2])),
+    held(
+        "alpha as a tensor and in both headers", kohya(FLAT, *FOUR, **{LORA: json.dumps(CONFIG), OURS: '{"alpha":4}'})
+    ),
     held("notes of other programs", file(PAIR, {"format": "pt", "title": "\x1b[2J", "notes": "{"})),
     held("metadata empty", lora_text("")),
     held("diffusers' metadata", lora()),
@@ -257,13 +316,15 @@ HELD = [
 ]
 
 
-@pytest.mark.parametrize("table", ["tensors", "names", "configs", "provenances", "held"])
+@pytest.mark.parametrize("table", ["tensors", "names", "alphas", "configs", "provenances", "held"])
 def test_names_of_cases_are_unique(table: str) -> None:
-    cases = {"tensors": TENSORS, "names": NAMES, "configs": CONFIGS, "provenances": PROVENANCES, "held": HELD}[table]
+    cases = {"tensors": TENSORS, "names": NAMES, "alphas": ALPHAS, "configs": CONFIGS, "held": HELD}.get(
+        table, PROVENANCES
+    )
     assert len({case.name for case in cases}) == len(cases)
 
 
-@attacks([*TENSORS, *NAMES, *CONFIGS, *PROVENANCES, *HELD])
+@attacks([*TENSORS, *NAMES, *ALPHAS, *CONFIGS, *PROVENANCES, *HELD])
 def test_adapter_files(attack: Attack, tmp_path: Path, tiny_model_5b: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(attack.content)

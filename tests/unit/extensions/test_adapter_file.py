@@ -37,6 +37,10 @@ def make_tensors(num_blocks=2, rank=3):
     }
 
 
+def named_for(format):
+    return "adapter_model.safetensors" if format == "peft" else "a.safetensors"
+
+
 def deltas(tensors, scale):
     modules = {name.rsplit(".lora_", 1)[0] for name in tensors}
     return {m: scale * tensors[f"{m}.lora_B.weight"] @ tensors[f"{m}.lora_A.weight"] for m in modules}
@@ -50,12 +54,12 @@ def header(path):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("alpha", [3.0, 5.0])
 def test_round_trip_keeps_the_update(tmp_path, format, alpha):
-    tensors, path = make_tensors(), tmp_path / "a.safetensors"
+    tensors, path = make_tensors(), tmp_path / named_for(format)
     write_adapter(path, format, tensors, 3, alpha, TARGETS, PROVENANCE)
     adapter = read_adapter(path)
     assert adapter.tensors.keys() == tensors.keys()
     assert adapter.rank == 3
-    assert adapter.alpha == (alpha if format == "diffusers" else 3.0)
+    assert adapter.alpha == (alpha if format in ("diffusers", "peft", "kohya") else 3.0)
     expected = deltas(tensors, alpha / 3)
     for module, delta in deltas(adapter.tensors, adapter.alpha / adapter.rank).items():
         torch.testing.assert_close(delta, expected[module], rtol=1e-6, atol=1e-6)
@@ -63,7 +67,7 @@ def test_round_trip_keeps_the_update(tmp_path, format, alpha):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_provenance_survives(tmp_path, format):
-    path = tmp_path / "a.safetensors"
+    path = tmp_path / named_for(format)
     write_adapter(path, format, make_tensors(), 3, 5.0, TARGETS, PROVENANCE)
     read = read_adapter(path).provenance
     assert read == {**PROVENANCE, "rank": 3, "alpha": 5.0, "adapter_format": format}
@@ -124,6 +128,29 @@ def test_reads_files_of_other_programs(tmp_path, prefix, suffix):
     assert {tensor.dtype for tensor in adapter.tensors.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lora_unet__", "lora_transformer_"])
+def test_reads_kohyas_files_with_an_alpha_a_module(tmp_path, prefix):
+    path, tensors = tmp_path / "a.safetensors", make_tensors()
+    content = {}
+    for name, tensor in tensors.items():
+        module, half = name.rsplit(".lora_", 1)
+        flat = prefix + module.replace(".", "_")
+        content[f"{flat}.lora_{'down' if half == 'A.weight' else 'up'}.weight"] = tensor
+        content[f"{flat}.alpha"] = torch.tensor(1.5 if "attn1" in name else 6.0)
+    save_file(content, path)
+    adapter = read_adapter(path)
+    assert (adapter.rank, adapter.alpha) == (3, 3.0)
+    expected = {m: d * (0.5 if "attn1" in m else 2.0) for m, d in deltas(tensors, 1.0).items()}
+    for module, delta in deltas(adapter.tensors, 1.0).items():
+        assert torch.equal(delta, expected[module])  # powers of two
+
+
+def test_an_alpha_that_float32_rounds_comes_back_as_it_was(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_adapter(path, "kohya", make_tensors(), 3, 0.1, TARGETS, PROVENANCE)
+    assert read_adapter(path).alpha == 0.1
+
+
 def test_other_linears_have_diffsynth_names_too(tmp_path):
     modules = ["patch_embed.text_proj", "time_embedding.linear_1", "time_embedding.linear_2", "norm_out.linear"]
     tensors = {}
@@ -137,7 +164,7 @@ def test_other_linears_have_diffsynth_names_too(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "kohya"}, "format=kohya"),
+        ({"format": "tomorrow"}, "format=tomorrow"),
         ({"path": "a.pt"}, "safetensors"),
         ({"tensors": {}}, "empty"),
         ({"rank": 4}, "rank 4"),
