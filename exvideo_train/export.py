@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exvideo_train.config.commands import Export, Weights
+from exvideo_train.config.commands import AdapterFormat, Export, Weights
 from exvideo_train.entry import run_command
 from exvideo_train.errors import UserError
-from exvideo_train.extensions.adapter_file import read_provenance
+from exvideo_train.extensions.adapter_file import PEFT_CONFIG, read_provenance
 from exvideo_train.extensions.extension import Trained
+from exvideo_train.extensions.model_card import CARD, card_of, write_card
 from exvideo_train.extensions.provenance import make_provenance
-from exvideo_train.files import read_safetensors_header, refuse_inputs
+from exvideo_train.extensions.publish import check_push, push
+from exvideo_train.files import atomic_write_bytes, read_safetensors_header, refuse_inputs
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.registry import FIRST_FAMILY, family_named
 from exvideo_train.training.checkpoint import (
@@ -21,8 +23,10 @@ from exvideo_train.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     newest_valid_checkpoint,
+    step_folder,
     step_of,
 )
+from exvideo_train.training.loggers import read_metrics
 
 USAGE = """\
 Write a run's adapter for diffusers (and PEFT), DiffSynth-Studio or ComfyUI.
@@ -42,8 +46,41 @@ def export(config: Export) -> None:
     refuse_inputs("adapter", [target], {"run_dir": [*finals, *(run_dir / "checkpoints").rglob("*")]})
     if (run_dir / "checkpoints").resolve() in target.resolve().parents:
         raise UserError(f"adapter={target}: lies among the run's checkpoints; name a file outside")
+    if config.push is not None:
+        check_push(config.push)
+    if config.card or config.push:
+        card_of(target)
     trained.extension.write(target, config.format.value, trained.tensors, trained.provenance)
     print(f"{target}: {config.format.value}, {trained.describe()}, {target.stat().st_size / 1e9:.3g} GB, from {source}")
+    if config.card or config.push:
+        files = [target, *_describe(target, config, trained)]
+        if config.push:
+            print(f"pushed to {push(files, config.push, config.private)}: {', '.join(path.name for path in files)}")
+
+
+def _describe(target: Path, config: Export, trained: Trained) -> list[Path]:
+    """Write the card, with the run's curves if it drew any; the files that belong to the adapter."""
+    run_dir, files = Path(config.run_dir), [target.with_name(CARD)]
+    facts: dict[str, Any] = {"trained": trained.extension.describe()}
+    step = trained.provenance.get("steps")
+    if step is not None and step_folder(run_dir, step).is_dir():
+        facts["samples seen"] = load_checkpoint(step_folder(run_dir, step)).state.position
+    records = [record for record in read_metrics(run_dir) if step is None or record["step"] <= step]
+    for name, losses in (
+        ("training loss, last", [record["loss"] for record in records if record.get("loss") is not None][-1:]),
+        ("validation loss, first and last", [r["validation"]["loss"] for r in records if "validation" in r]),
+    ):
+        if losses:
+            facts[name] = " and ".join(f"{loss:.4g}" for loss in dict.fromkeys((losses[0], losses[-1])))
+    if (run_dir / "curves.png").is_file():
+        files.append(target.with_name(f"{target.stem}_curves.png"))
+        atomic_write_bytes(files[-1], (run_dir / "curves.png").read_bytes())
+    if config.format is AdapterFormat.peft:
+        files.append(target.with_name(PEFT_CONFIG))
+    curves = next((path.name for path in files if path.suffix == ".png"), "")
+    write_card(target, config.format.value, trained.provenance, facts, config.push or "", curves)
+    print(files[0])
+    return files
 
 
 def find_trained(run_dir: Path, weights: Weights, step: int | None) -> tuple[Trained, Path]:
@@ -62,12 +99,12 @@ def find_trained(run_dir: Path, weights: Weights, step: int | None) -> tuple[Tra
         if step not in checkpoints:
             steps = sorted({*checkpoints, *([final_step] if final_step is not None else [])})
             raise UserError(f"step={step}: not in {run_dir}; it has: {', '.join(map(str, steps)) or 'none'}")
-        return _from_checkpoint(load_checkpoint(checkpoints[step]), weights)
+        return from_checkpoint(load_checkpoint(checkpoints[step]), weights)
     if final_step is not None and (step is not None or final_step >= max(checkpoints, default=0)):
         return _from_file(final)
     newest = newest_valid_checkpoint(run_dir, print)
     if newest is not None and (final_step is None or newest.state.step > final_step):
-        return _from_checkpoint(newest, weights)
+        return from_checkpoint(newest, weights)
     if final_step is None:
         raise UserError(f"run_dir={run_dir}: holds no {final.name} and no checkpoint; train first, or wait for one")
     return _from_file(final)
@@ -84,7 +121,12 @@ def _final_step(path: Path) -> int:
     return int(read_provenance(metadata, str(path)).get("steps", 0))
 
 
-def _from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> tuple[Trained, Path]:
+def from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> tuple[Trained, Path]:
+    """What a checkpoint holds, and its folder.
+
+    Raises:
+        UserError: it has no config of a run, or kept no moving average.
+    """
     config: dict[str, Any] = checkpoint.state.config
     family = family_named(checkpoint.state.family, checkpoint.path)
     try:

@@ -57,6 +57,12 @@ class Export(Options):
     """raw, or ema when the run kept a moving average."""
     step: int | None = None
     """Checkpoint step to export; unset takes the newest."""
+    card: bool = False
+    """Write README.md beside the file: base model, frames, steps, samples, losses, and how to load it."""
+    push: str | None = None
+    """Repository on the hub, owner/name, that gets the file and its card; `hf auth login` first."""
+    private: bool = True
+    """Whether a repository that push makes is private."""
 
 
 @dataclass

@@ -16,6 +16,11 @@ _OFFLINE_HINT = (
 )
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form ``owner/name``; a relative path of two parts has it too."""
+    return _HUB_ID.fullmatch(name) is not None and not name.startswith(".")
+
+
 def resolve_model_path(path: str | Path, revision: str | None, parts: Sequence[str]) -> Path:
     """The local folder of a model, downloaded if ``path`` is a hub id.
 
@@ -35,7 +40,7 @@ def resolve_model_path(path: str | Path, revision: str | None, parts: Sequence[s
         _check_parts(folder, parts)
         return folder
     hub_id = str(path)
-    if not _HUB_ID.fullmatch(hub_id) or hub_id.startswith("."):
+    if not is_hub_id(hub_id):
         raise UserError(
             f"model.path={path}: no such folder, and not a hub id (owner/name); write a tiny model there with "
             f"`python -m exvideo_train.models.cogvideox.tiny {path}`, or correct it"

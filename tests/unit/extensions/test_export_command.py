@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from unittest.mock import create_autospec
 
+import huggingface_hub
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -12,6 +14,7 @@ from exvideo_train.config.commands import Export, Train, Weights
 from exvideo_train.errors import UserError
 from exvideo_train.export import export, find_trained
 from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
+from exvideo_train.extensions.model_card import write_card
 from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.geometry import Geometry
 from exvideo_train.training.checkpoint import TrainingState, step_folder, write_checkpoint
@@ -126,7 +129,7 @@ def test_exporting_twice_is_equal_bytes(run_dir, tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("format=kohya", "format=kohya"), ("adapter=a.pt", ".safetensors"), ("weights=both", "weights=both")],
+    [("format=tomorrow", "format=tomorrow"), ("adapter=a.pt", ".safetensors"), ("weights=both", "weights=both")],
 )
 def test_mistakes_end_in_one_line(run_dir, run_command, argument, message):
     write_final(run_dir, 10, 2.0)
@@ -141,3 +144,61 @@ def test_mistakes_end_in_one_line(run_dir, run_command, argument, message):
 def test_provenance_is_readable_json(run_dir):
     write_step(run_dir, 10, 2.0)
     assert json.loads(json.dumps(find_trained(run_dir, Weights.raw, None)[0].provenance))["base_model"]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Calls of the hub's client, checked against its own signatures; none leaves the machine."""
+    api = create_autospec(huggingface_hub.HfApi, instance=True)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+    return api
+
+
+def test_a_card_says_what_the_run_knows_and_goes_to_the_hub(run_dir, tmp_path, hub):
+    write_step(run_dir, 10, 1.0)
+    records = [{"step": 1, "loss": 0.5, "validation": {"loss": 0.9, "by_position": []}}, {"step": 10, "loss": 0.25}]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run_dir / "curves.png").write_bytes(b"a picture")
+    target = tmp_path / "out" / "a.safetensors"
+    export(Export(run_dir=str(run_dir), adapter=str(target), push="me/mine"))
+    card = target.with_name("README.md").read_text()
+    for words in (
+        "| steps | `10` |",
+        "| samples seen | `10` |",
+        "| training loss, last | `0.25` |",
+        "LoRA rank 2, alpha 3",
+        'load_lora_weights("me/mine", weight_name="a.safetensors")',
+        "format=diffsynth",
+        "![Curves of the training](<a_curves.png>)",
+    ):
+        assert words in card
+    hub.create_repo.assert_called_once_with("me/mine", repo_type="model", private=True, exist_ok=True)
+    upload = hub.upload_folder.call_args.kwargs
+    assert (upload["repo_id"], upload["repo_type"], upload["folder_path"]) == ("me/mine", "model", target.parent)
+    assert upload["allow_patterns"] == ["a.safetensors", "README.md", "a_curves.png"]
+    # Its own card may be written again, another README may not.
+    export(Export(run_dir=str(run_dir), adapter=str(target), card=True))
+    target.with_name("README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"card=true would write over .*README\.md"):
+        export(Export(run_dir=str(run_dir), adapter=str(target), card=True))
+    assert target.with_name("README.md").read_text() == "mine"
+
+
+def test_a_push_that_fails_leaves_the_files(run_dir, tmp_path, hub):
+    write_step(run_dir, 10, 1.0)
+    target = tmp_path / "out" / "a.safetensors"
+    with pytest.raises(UserError, match=r"push=mine: must be owner/name"):
+        export(Export(run_dir=str(run_dir), adapter=str(target), push="mine"))
+    assert not target.exists()
+    hub.upload_folder.side_effect = OSError("no network")
+    with pytest.raises(UserError, match=r"push=me/mine: not uploaded \(no network\); the files stay in"):
+        export(Export(run_dir=str(run_dir), adapter=str(target), push="me/mine"))
+    assert target.exists()
+
+
+def test_a_card_holds_nothing_that_a_name_could_make_of_it(tmp_path):
+    about = {"base_model": "a`\n# <script>|[x](y)", "num_frames": 9, "height": 64, "width": 96, "fps": 8.0}
+    write_card(tmp_path / "a.safetensors", "kohya", about, {}, "", "")
+    text = (tmp_path / "README.md").read_text()
+    assert "<script>" not in text.replace(json.dumps(about["base_model"]), "")
+    assert "| base model | `a # script x (y)` |" in text
