@@ -96,6 +96,10 @@ class LoraConfig(Options, group="lora"):
     targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
     """Suffixes of the Linears that get an update, as published in the checkpoint's names."""
 
+    init: str | None = None
+    """Adapter file of any program that training begins from, of this rank, alpha and targets; unset begins with an
+    update of zero."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.targets:

@@ -59,6 +59,13 @@ class Extension(Protocol):
             UserError: it does not fit the network.
         """
 
+    def initial(self, family: str) -> Trained | None:
+        """What training begins from, to be given to :meth:`load`; None for what :meth:`attach` made.
+
+        Raises:
+            UserError: the file that the options name is not readable, of another family, or does not fit the options.
+        """
+
     def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
         """The trained parameters by published name, in the network's order."""
 

@@ -40,18 +40,20 @@ class LoraExtension:
         alpha: the update is ``alpha / rank * B @ A``.
         target_modules: names of Linears, or suffixes of names at a dot: ``attn1.to_q`` is that Linear in every block.
         dropout: probability at which inputs of A are dropped while training.
+        init: adapter file that training begins from; empty begins with an update of zero.
     """
 
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
     dropout: float = 0.0
+    init: str = ""
     name: ClassVar[str] = "lora"
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> LoraExtension:
         lora = LoraConfig(**options["lora"])
-        return cls(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout)
+        return cls(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, lora.init or "")
 
     @classmethod
     def read(cls, path: Path, family: str | None = None) -> Trained:
@@ -73,6 +75,9 @@ class LoraExtension:
     def attach(self, network: nn.Module, seed: int) -> None:
         apply_lora(network, self, seed)
 
+    def initial(self, family: str) -> Trained | None:
+        return read_initial(self, family) if self.init else None
+
     def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
         return lora_parameters(network)
 
@@ -87,6 +92,36 @@ class LoraExtension:
 
     def write(self, path: Path, format: str, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
         write_adapter(path, format, tensors, self.rank, self.alpha, self.target_modules, provenance)
+
+
+def read_initial(lora: LoraExtension, family: str) -> Trained:
+    """The file ``lora.init``, whose rank, alpha and targets must be the run's own.
+
+    Raises:
+        UserError: names what the file has and what the run has.
+    """
+    path = Path(lora.init)
+    found = LoraExtension.read(path, family)
+    assert isinstance(found.extension, LoraExtension)
+    for name, theirs, ours in (
+        ("rank", found.extension.rank, lora.rank),
+        ("alpha", found.extension.alpha, lora.alpha),
+    ):
+        if theirs != ours:
+            raise UserError(
+                f"lora.init={path} has {name} {theirs:g}, the run has lora.{name}={ours:g}: set lora.{name}={theirs:g}"
+                + (f", or resize the file to rank={ours}" if name == "rank" else "")
+            )
+    modules = {name.rsplit(".lora_", 1)[0] for name in found.tensors}
+    matched = {target: {m for m in modules if f".{m}".endswith(f".{target}")} for target in lora.target_modules}
+    lacking = [target for target, of_target in matched.items() if not of_target]
+    if lacking or modules.difference(*matched.values()):
+        theirs_targets = dict.fromkeys(_without_block_number(module) for module in sorted(modules))
+        raise UserError(
+            f"lora.init={path} updates {', '.join(theirs_targets)}; the run has lora.targets="
+            f"{', '.join(lora.target_modules)}: they must be the same"
+        )
+    return found
 
 
 def apply_lora(backbone: nn.Module, lora: LoraExtension, seed: int) -> nn.Module:

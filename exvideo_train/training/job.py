@@ -179,6 +179,8 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
                 "the training clips of the store have changed since the checkpoint: the run goes on with the new ones, "
                 "and some clips may come twice or not at all in this epoch"
             )
+    # A run that goes on needs the file no more.
+    initial = mesh.main_first(lambda: extension.initial(family.name)) if checkpoint is None else None
 
     # 2. The backbone straight onto the device, then the adapter, then what the checkpoint knows of it.
     beat("loading the backbone")
@@ -187,6 +189,9 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
     mesh.main_first(lambda: extension.attach(backbone, config.seed))
     if checkpoint is not None:
         extension.load(backbone, checkpoint.tensors(extension.name), source=str(checkpoint.path))
+    elif initial is not None:
+        extension.load(backbone, initial.tensors, source=f"lora.init={config.lora.init}")
+        log(f"training begins from {initial.describe()}")
     backbone.train()
 
     # 3. Parallel forms, then the engine, which broadcasts rank 0's weights and shards the optimizer.

@@ -75,6 +75,9 @@ class TimeExtension:
     def attach(self, network: Any, seed: int) -> None:
         network.requires_grad_(False).in_time.float().requires_grad_(True)
 
+    def initial(self, family: str) -> Trained | None:
+        return None
+
     def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
         return {name: p for name, p in network.named_parameters() if "in_time." in name}
 
