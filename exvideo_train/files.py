@@ -181,6 +181,38 @@ def atomic_save_safetensors(
     atomic_write(path, write)
 
 
+def atomic_stream_safetensors(
+    path: Path,
+    entries: Mapping[str, tuple[str, list[int]]],
+    tensors: Iterable[torch.Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Save tensors as they come, one in memory at a time, whole or not at all.
+
+    Args:
+        entries: safetensors' dtype and the shape of each tensor by name, in the order in which they come.
+    """
+    import torch
+
+    header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))}
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        begin, end = end, end + math.prod(shape) * _DTYPE_BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as stream:
+            stream.write(struct.pack("<Q", len(text)))
+            stream.write(text)
+            for tensor in tensors:
+                stream.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+            assert stream.tell() == 8 + len(text) + end
+
+    atomic_write(path, write)
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's content, read in pieces."""
     digest = hashlib.sha256()

@@ -112,5 +112,7 @@ class Family(Generic[Config]):
     """A :class:`~exvideo_train.models.stages.VideoEncoder` class."""
     draw: Later
     """A :class:`~exvideo_train.models.stages.Draw` function."""
+    weights_stem: str = "diffusion_pytorch_model"
+    """Name of the network's weights before ``.safetensors``."""
     takes_image: bool = False
     """Whether a video is made from an image, its first frame."""

@@ -66,7 +66,8 @@ def required(command: str) -> dict[str, str]:
     kinds = {path: kind for path, kind, _ in walk_options(COMMANDS[command])}
     names = OmegaConf.missing_keys(compose_config(command, [], COMMANDS[command]))
     is_choice = {name: isinstance(kinds[name], type) and issubclass(kinds[name], Enum) for name in names}
-    return {name: next(iter(kinds[name])).name if is_choice[name] else "given" for name in sorted(names)}
+    values = {name: next(iter(kinds[name])).name if is_choice[name] else "given" for name in sorted(names)}
+    return values | {name: "1" for name in values if kinds[name] is int}
 
 
 def composed(command: str, *overrides: str) -> Any:
