@@ -15,11 +15,12 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -45,7 +46,13 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-def run_command(config_class: type[ConfigT], main: Callable[[ConfigT], None], name: str, usage: str) -> None:
+def run_command(
+    config_class: type[ConfigT],
+    main: Callable[[ConfigT], None],
+    name: str,
+    usage: str,
+    short: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Compose ``conf/<name>.yaml`` with the command line, check it, and call ``main``.
 
     Args:
@@ -53,12 +60,14 @@ def run_command(config_class: type[ConfigT], main: Callable[[ConfigT], None], na
         main: called with an instance of it.
         name: the command's YAML in ``conf/``.
         usage: how the command is called, with an example; printed by ``--help``.
+        short: names that stand for longer ones on the command line.
 
     A :class:`UserError` ends the process with status 2 and its message alone.
     """
     options: ConfigT | None = None
     try:
         flags, overrides = _split_arguments(_without_launcher_arguments(sys.argv[1:]))
+        overrides = [_long(override, short) for override in overrides]
         config = compose_config(name, quote_overrides(overrides, config_class), config_class)
         if "--help" in flags:
             print(help_text(config_class, config, usage))
@@ -129,6 +138,11 @@ def _split_arguments(arguments: list[str]) -> tuple[set[str], list[str]]:
     return flags, overrides
 
 
+def _long(override: str, short: Mapping[str, str]) -> str:
+    key, is_assigned, text = override.partition("=")
+    return f"{short.get(key, key)}{is_assigned}{text}"
+
+
 def quote_overrides(overrides: list[str], config_class: type) -> list[str]:
     """Take the value of every text option as it stands: Hydra gives commas, quotes, colons and ``=`` a meaning.
 
@@ -140,6 +154,9 @@ def quote_overrides(overrides: list[str], config_class: type) -> list[str]:
     for override in overrides:
         key, is_assigned, text = override.partition("=")
         kind = kinds.get(key)
+        table = kinds.get(key.lstrip("+").rpartition(".")[0])
+        if get_origin(table) is dict:
+            kind = get_args(table)[1]
         is_null = kind == (str | None) and text == "null"
         if not is_assigned or kind not in (str, str | None) or is_null or HYDRA_QUOTED.fullmatch(text):
             quoted.append(override)
