@@ -1,0 +1,1 @@
+"""Videos to numbers to a verdict: reading, measures, statistics, report. Knows no model and no adapter."""
