@@ -66,9 +66,14 @@ def _describe(target: Path, config: Export, trained: Trained) -> list[Path]:
     if step is not None and step_folder(run_dir, step).is_dir():
         facts["samples seen"] = load_checkpoint(step_folder(run_dir, step)).state.position
     records = [record for record in read_metrics(run_dir) if step is None or record["step"] <= step]
+    if epochs := [record["epoch"] for record in records if type(record.get("epoch")) in (int, float)]:
+        facts["epochs"] = f"{epochs[-1]:.3g}"
+    validations = [record["validation"] for record in records if "validation" in record]
+    if validations and "num_clips" in validations[-1]:
+        facts["held-out clips"] = validations[-1]["num_clips"]
     for name, losses in (
         ("training loss, last", [record["loss"] for record in records if record.get("loss") is not None][-1:]),
-        ("validation loss, first and last", [r["validation"]["loss"] for r in records if "validation" in r]),
+        ("validation loss, first and last", [validation["loss"] for validation in validations]),
     ):
         if losses:
             facts[name] = " and ".join(f"{loss:.4g}" for loss in dict.fromkeys((losses[0], losses[-1])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -314,6 +315,35 @@ HELD = [
     held("our provenance", ours()),
     held("a field more in it", ours(store_fingerprint={"vae": "ab"})),
 ]
+
+
+BESIDE = [
+    refused("not JSON", b"{", "not JSON"),
+    refused("a list", b"[]", "not an object"),
+    refused("not UTF-8", b'{"r":2,"lora_alpha":4,"a":"\xff"}', "not JSON"),
+    refused("10,000 levels", b"[" * 10_000, "nested deeper"),
+    refused("of two megabytes", b" " * (2 << 20), "at most 1048576 are read"),
+    refused("a pipe", os.mkfifo, "not a regular file"),
+    refused("a folder", os.mkdir, "not a regular file"),
+    refused("alpha left out", b'{"r":2}', "lora_alpha=None"),
+    refused("rank of other tensors", b'{"r":8,"lora_alpha":4}', "r=8", "rank 2"),
+    refused("DoRA", b'{"r":2,"lora_alpha":4,"use_dora":true}', "'use_dora': True"),
+    refused("a pattern of alphas", b'{"r":2,"lora_alpha":4,"alpha_pattern":{"to_q":1}}', "alpha_pattern"),
+    held("whole", json.dumps(CONFIG).encode()),
+]
+
+
+@attacks(BESIDE)
+def test_configs_beside_pefts_weights(attack: Attack, tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(renamed(f"base_model.model.{MODULE}.{{}}.weight"))
+    config = tmp_path / "adapter_config.json"
+    attack.content(config) if callable(attack.content) else config.write_bytes(attack.content)
+
+    def read() -> dict[str, str]:
+        assert read_adapter(tmp_path).alpha == 4.0
+        return {}
+
+    check_ending(attack, read)
 
 
 @pytest.mark.parametrize("table", ["tensors", "names", "alphas", "configs", "provenances", "held"])

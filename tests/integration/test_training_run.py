@@ -50,6 +50,12 @@ def test_exported_adapter_loads(trained: Trained) -> None:
     assert all(torch.equal(adapter.tensors[name], tensor) for name, tensor in checkpoint.items())
 
 
+def test_training_begins_where_the_run_that_wrote_the_file_ended(trained: Trained) -> None:
+    assert trained.one["begun_from_file"]["status"] == 0
+    begun, ended = trained.validations("begun_from_file")[0], trained.validations("held_out_1")[-1]
+    assert begun["loss"] == ended["loss"] != trained.validations("held_out_1")[0]["loss"]
+
+
 def test_more_steps_can_be_asked_for_later(trained: Trained) -> None:
     assert trained.one["bf16_resumed"]["status"] == 0
     assert any("max_steps was 3, now 6" in message for message in trained.one["bf16_resumed"]["messages"])

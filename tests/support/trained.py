@@ -184,6 +184,12 @@ class Trained:
                 spec("cross 1", "data.batch_size=4", f"max_steps={CROSS_STEPS}", folder="cross", stop_after=4),
                 spec("mixed_one", *MIXED, "optim.accumulation_steps=2"),
                 spec("held_out_1", *HELD_OUT, "data.batch_size=2", "validation.every_steps=2"),
+                spec(
+                    "begun_from_file",
+                    *HELD_OUT,
+                    *("data.batch_size=2", "validation.every_steps=2", "max_steps=1"),
+                    f"lora.init={self.run_dir('held_out_1') / 'adapter.safetensors'}",
+                ),
                 spec("held_out_none", *HELD_OUT, "data.batch_size=2"),
                 spec("bf16", "model.dtype=bf16", "max_steps=3", fingerprint=True),
                 spec("bf16_resumed", "model.dtype=bf16", "max_steps=6", folder="bf16"),

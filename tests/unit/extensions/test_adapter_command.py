@@ -1,17 +1,22 @@
 """``python -m exvideo_train.adapter``: what it makes of adapters, against whole matrices."""
 
 import sys
+import weakref
 
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
+from omegaconf import OmegaConf
 from peft import PeftModel, get_peft_model_state_dict
 
 from exvideo_train import adapter as command
+from exvideo_train.config.commands import Train
 from exvideo_train.errors import UserError
+from exvideo_train.extensions import merge
 from exvideo_train.extensions.adapter_file import FORMATS, read_adapter, write_adapter
 from exvideo_train.extensions.adapter_names import STATES_ALPHA
 from exvideo_train.extensions.lora import LoraExtension
+from exvideo_train.training.checkpoint import TrainingState, step_folder, write_checkpoint
 
 MODULES = [f"transformer_blocks.{n}.{name}" for n in (0, 1) for name in ("attn1.to_q", "ff.net.0.proj")]
 SIZES = {"attn1.to_q": (64, 64), "ff.net.0.proj": (256, 64)}  # of the tiny model
@@ -129,6 +134,37 @@ def test_average_of_updates_and_of_factors(tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(read_adapter(output).tensors[f"{MODULES[0]}.lora_A.weight"], expected)
     assert "add up to 1" in refusal(monkeypatch, capsys, "average", *words[:2], "shares=[1,1]")
     assert "two or more" in refusal(monkeypatch, capsys, "average", f"adapters=[{one}]", words[1])
+
+
+def test_merge_holds_one_tensor_at_a_time(tmp_path, monkeypatch, tiny_model_5b):
+    made, added = [], merge._added
+
+    def watched(*arguments):
+        for tensor in added(*arguments):
+            made.append(weakref.ref(tensor))
+            yield tensor
+            del tensor
+            # The one that was just written may not be gone yet.
+            assert sum(reference() is not None for reference in made) <= 2
+
+    monkeypatch.setattr(merge, "_added", watched)
+    path = written(tmp_path / "a.safetensors")
+    run(monkeypatch, "merge", f"adapter={path}", f"model_path={tiny_model_5b}", f"output={tmp_path / 'merged'}")
+    assert len(made) > 50
+
+
+def test_checkpoints_and_their_moving_averages_are_averaged(tmp_path, monkeypatch):
+    config = OmegaConf.to_container(OmegaConf.structured(Train(latents="l", run_dir="r")), enum_to_str=True)
+    config["lora"] |= {"rank": 2, "alpha": 4.0, "targets": ["attn1.to_q", "ff.net.0.proj"]}
+    for step, seed in ((1, 0), (2, 1)):
+        files = {"lora": tensors_of(seed=5), "ema": tensors_of(seed)}
+        write_checkpoint(step_folder(tmp_path, step), TrainingState(step, step, step, 0, config), files)
+    folders, output = f"[{step_folder(tmp_path, 1)},{tmp_path}]", tmp_path / "mean.safetensors"
+    run(monkeypatch, "average", f"adapters={folders}", "weights=ema", f"output={output}", "rank=4")
+    one, other = (whole(written(tmp_path / f"{seed}.safetensors", seed)) for seed in (0, 1))
+    for module, update in whole(output).items():
+        torch.testing.assert_close(update, (one[module] + other[module]) / 2, rtol=1e-5, atol=1e-5)
+    assert read_adapter(output).provenance["steps"] == 2
 
 
 def test_merge_is_that_of_peft_in_the_published_shards(tmp_path, monkeypatch, capsys, tiny_model_5b):

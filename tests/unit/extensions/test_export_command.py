@@ -156,7 +156,8 @@ def hub(monkeypatch):
 
 def test_a_card_says_what_the_run_knows_and_goes_to_the_hub(run_dir, tmp_path, hub):
     write_step(run_dir, 10, 1.0)
-    records = [{"step": 1, "loss": 0.5, "validation": {"loss": 0.9, "by_position": []}}, {"step": 10, "loss": 0.25}]
+    records = [{"step": 1, "loss": 0.5, "validation": {"loss": 0.9, "by_position": [], "num_clips": 3}}]
+    records += [{"step": 10, "loss": 0.25, "epoch": 0.5}, {"step": 11, "loss": 0.125}]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (run_dir / "curves.png").write_bytes(b"a picture")
     target = tmp_path / "out" / "a.safetensors"
@@ -165,6 +166,8 @@ def test_a_card_says_what_the_run_knows_and_goes_to_the_hub(run_dir, tmp_path, h
     for words in (
         "| steps | `10` |",
         "| samples seen | `10` |",
+        "| epochs | `0.5` |",
+        "| held-out clips | `3` |",
         "| training loss, last | `0.25` |",
         "LoRA rank 2, alpha 3",
         'load_lora_weights("me/mine", weight_name="a.safetensors")',
