@@ -20,6 +20,9 @@ class Evaluate(Options):
     reference: str | None = None
     """Folder of real videos, shown beside the variants as the level of real footage; cut and resized to the size of
     the variants' videos and sampled at their rate, and compared with none of them pair by pair."""
+    follow_links: bool = False
+    """Take videos to which links lead out of the folders, for folders of links that are your own. false refuses: in a
+    folder of another's, a link may lead to any video of yours, and the report shows it."""
     output: str = MISSING
     """Folder for report.html and results.json."""
     fps: Annotated[float, Range(0)] = 0.0

@@ -40,15 +40,16 @@ class VideoFile:
     seed: int | None = None
 
 
-def find_videos(option: str, folder: Path, variant: str) -> list[VideoFile]:
+def find_videos(option: str, folder: Path, variant: str, follow_links: bool = False) -> list[VideoFile]:
     """The videos of a folder, in the order of their names or of its ``samples.json``.
 
     Args:
         option: what names the folder on the command line, for messages.
         variant: in a folder of sampling that holds several variants, the one taken: ``with`` takes ``with_adapter``.
+        follow_links: take videos outside the folder to which links in it lead.
 
     Raises:
-        UserError: no such folder, no video in it, or a ``samples.json`` that is none.
+        UserError: no such folder, no video in it, a link that leads out of it, or a ``samples.json`` that is none.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{option}={folder}: no such folder; name a folder of videos")
@@ -56,6 +57,12 @@ def find_videos(option: str, folder: Path, variant: str) -> list[VideoFile]:
     found = _sampled(index, variant) if os.path.lexists(index) else _listed(folder)
     if not found:
         raise UserError(f"{option}={folder}: holds no video ({', '.join(VIDEO_SUFFIXES)}); name a folder of videos")
+    for video in found:
+        # The report shows what it finds: a folder of another's must not show one's own videos.
+        if not follow_links and folder.resolve() not in video.path.resolve().parents:
+            raise UserError(
+                f"{option}={folder}: {video.path} is a link out of the folder; follow_links=true takes your own"
+            )
     return found
 
 

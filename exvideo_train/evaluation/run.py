@@ -23,6 +23,7 @@ from exvideo_train.evaluation.reading import Reading, read_frames
 from exvideo_train.evaluation.statistics import NOT_TO_BE_TOLD, Comparison, compare
 from exvideo_train.evaluation.track import SERIES, Track, track_video
 from exvideo_train.files import atomic_write_json, refuse_inputs
+from exvideo_train.terminal import escaped
 
 REPORT, RESULTS = "report.html", "results.json"
 _TASKS_PER_PROCESS = 200
@@ -73,7 +74,7 @@ def run_evaluation(options: Evaluate) -> None:
     atomic_write_json(output / RESULTS, results(result))
     write_report(output / REPORT, result)
     for line in result.left_out:
-        print(f"left out: {line}", file=sys.stderr)
+        print(f"left out: {escaped(line)}", file=sys.stderr)
     for variant, comparisons in result.comparisons.items():
         print(f"{variant} against {options.baseline}, {len(result.pairs)} pairs:")
         for comparison in comparisons:
@@ -102,7 +103,7 @@ def evaluate_folders(options: Evaluate) -> Evaluation:
         raise UserError(f"baseline={options.baseline}: not among the variants {', '.join(options.variants)}")
     short = {"with": "with", "without": "without"}
     files = {
-        name: find_videos(short.get(name, f"variants.{name}"), Path(folder), name)
+        name: find_videos(short.get(name, f"variants.{name}"), Path(folder), name, options.follow_links)
         for name, folder in options.variants.items()
     }
     pairs, left_out = pair_videos(files)
@@ -194,7 +195,7 @@ def _shorten(pair: Mapping[str, Measured]) -> None:
 def _reference(options: Evaluate, like: Track, left_out: list[str]) -> list[Measured]:
     if options.reference is None:
         return []
-    files = find_videos("reference", Path(options.reference), "reference")
+    files = find_videos("reference", Path(options.reference), "reference", options.follow_links)
     reading = Reading(options.fps or like.fps, (like.height, like.width), options.max_frames)
     tracks = _measure_all(files, reading, options, left_out)
     # Kept shares and drift depend on the length: a longer real clip counts as far as the variants' videos go.

@@ -120,12 +120,13 @@ def test_every_choice_composes_and_says_what_it_says(choice):
         assert (value.value if isinstance(value, Enum) else value) == expected, option
 
 
-def test_what_the_five_commands_require():
+def test_what_commands_require():
     assert list(required("build_manifest")) == ["manifest", "source"]
     assert list(required("encode_latents")) == ["latents", "manifest"]
     assert list(required("train")) == ["latents", "run_dir"]
     assert list(required("export")) == ["adapter", "run_dir"]
     assert list(required("sample")) == ["output"]
+    assert list(required("evaluate")) == ["output"]
 
 
 def test_published_experiment():

@@ -99,6 +99,14 @@ def test_refused_folders_are_named(tmp_path, case):
     assert str(tmp_path) in str(refusal.value)
 
 
+def test_links_out_of_the_folder_are_followed_only_on_request(tmp_path):
+    one, two = touch(tmp_path / "a"), touch(tmp_path / "b", "x.mp4")
+    (one / "x.mp4").symlink_to(two / "x.mp4")
+    with pytest.raises(UserError, match=r"a/x\.mp4 is a link out of the folder; follow_links=true"):
+        find_videos("with", one, "with")
+    assert [video.stem for video in find_videos("with", one, "with", follow_links=True)] == ["x"]
+
+
 def test_no_counterparts_and_two_of_one_name(tmp_path):
     one, two = touch(tmp_path / "a", "x.mp4"), touch(tmp_path / "b", "y.mp4")
     with pytest.raises(UserError, match=r"no two videos belong together by file name.*x\.mp4.*y\.mp4"):
