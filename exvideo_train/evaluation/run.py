@@ -86,8 +86,12 @@ def verdict_words(comparison: Comparison) -> str:
     """The verdict, and where nothing can be told, how many videos it would take."""
     if comparison.verdict != NOT_TO_BE_TOLD:
         return comparison.verdict
+    if comparison.difference == 0:
+        return f"{NOT_TO_BE_TOLD}; no difference seen"
+    if comparison.num_pairs < 2:
+        return f"{NOT_TO_BE_TOLD}; of one pair nothing can be said"
     if comparison.num_needed is None:
-        return f"{NOT_TO_BE_TOLD}; no number of videos can be said"
+        return f"{NOT_TO_BE_TOLD}; a million pairs would not tell this difference"
     return f"{NOT_TO_BE_TOLD}; about {comparison.num_needed:,} pairs would tell this difference"
 
 
