@@ -207,7 +207,7 @@ def atomic_stream_safetensors(
             stream.write(struct.pack("<Q", len(text)))
             stream.write(text)
             for tensor in tensors:
-                stream.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+                stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             assert stream.tell() == 8 + len(text) + end
 
     atomic_write(path, write)

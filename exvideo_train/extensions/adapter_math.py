@@ -146,7 +146,8 @@ def resized(adapter: Adapter, rank: int) -> Measured:
             pair = _padded(up, down, rank, module)
             squares[module] = (0.0, update_of(adapter, module).norm() ** 2)
         else:
-            *pair, squares[module] = _truncated(update_of(adapter, module), rank, module)
+            new_up, new_down, squares[module] = _truncated(update_of(adapter, module), rank, module)
+            pair = new_up, new_down
         tensors |= _pair(module, *pair)
     alpha = adapter.alpha * rank / adapter.rank if rank >= adapter.rank else float(rank)
     return _measured(Adapter(tensors, rank, alpha, adapter.targets, adapter.provenance), squares)

@@ -51,7 +51,7 @@ def merge(adapter: Adapter, family: Family[object], model_path: Path, output: Pa
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         shutil.copyfile(source / "config.json", staging / "config.json")
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for shard in sorted(set(files.values())):
             header = read_safetensors_header(shard)
             order = sorted(header.keys() & files.keys(), key=lambda name: header[name]["data_offsets"])
