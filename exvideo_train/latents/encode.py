@@ -24,15 +24,15 @@ from exvideo_train.config.latents import EncodeEngine, EncodeLatents
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_bytes, atomic_write_json, parse_json, read_regular
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.local_engine import EncodersDied, LocalEngine
-from exvideo_train.latents.plan import (
-    Plan,
+from exvideo_train.latents.encode_plan import (
+    EncodePlan,
     make_plan,
     set_damaged_aside,
     sweep_temporary_files,
     take_from_index,
     write_index,
 )
+from exvideo_train.latents.local_engine import EncodersDied, LocalEngine
 from exvideo_train.latents.report import (
     Progress,
     Totals,
@@ -138,7 +138,7 @@ def _scatter(shares: Sequence[Any] | None) -> Any:
     return box[0]
 
 
-def _plan(config: EncodeLatents, settings: EncodeSettings, store: LatentStore) -> Plan:
+def _plan(config: EncodeLatents, settings: EncodeSettings, store: LatentStore) -> EncodePlan:
     if settings.fingerprint.geometry.name in store.fingerprints:
         store.require(settings.fingerprint)
     return make_plan(settings, store, Path(config.manifest), config.retry_quarantined, config.max_clips)
@@ -173,7 +173,7 @@ def check_writable(store_path: Path, geometry: Geometry) -> None:
             ) from error
 
 
-def _prepare(config: EncodeLatents, settings: EncodeSettings) -> tuple[LatentStore, Plan]:
+def _prepare(config: EncodeLatents, settings: EncodeSettings) -> tuple[LatentStore, EncodePlan]:
     """Everything before the first clip."""
     store = LatentStore.create(settings.store_path, settings.normalisation)
     plan = _plan(config, settings, store)
@@ -321,7 +321,9 @@ def _wait_for(rank: int, totals_path: Path) -> None:
         time.sleep(LOOK_AGAIN_SECONDS)
 
 
-def _finish(settings: EncodeSettings, store: LatentStore, plan: Plan, outcome: _Outcome, wall_seconds: float) -> None:
+def _finish(
+    settings: EncodeSettings, store: LatentStore, plan: EncodePlan, outcome: _Outcome, wall_seconds: float
+) -> None:
     """Index, report and tidying up; on a full disk as much of it as fits."""
     try:
         sweep_temporary_files(store, settings.geometry)

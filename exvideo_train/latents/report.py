@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from exvideo_train.files import atomic_write_json, atomic_write_text, parse_json, read_regular, short
-from exvideo_train.latents.plan import Plan
+from exvideo_train.latents.encode_plan import EncodePlan
 from exvideo_train.latents.store import Quarantine
 from exvideo_train.latents.untrusted import COUNT, Kind, check_fields, exists_inside
 
@@ -141,7 +141,7 @@ def _duration(seconds: float) -> str:
 
 
 def make_report(
-    plan: Plan,
+    plan: EncodePlan,
     totals: Iterable[Totals],
     encoded: int,
     quarantined: Counter[str],

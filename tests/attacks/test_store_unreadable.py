@@ -32,8 +32,8 @@ from exvideo_train.clips.workers import Failure
 from exvideo_train.errors import UserError
 from exvideo_train.latents.clip_file import MissingLatent, UnreadableLatent
 from exvideo_train.latents.encode import refuse_linked_store
+from exvideo_train.latents.encode_plan import EncodePlan, make_plan, set_damaged_aside, write_index
 from exvideo_train.latents.inspection import describe_stats, verify_store
-from exvideo_train.latents.plan import Plan, make_plan, set_damaged_aside, write_index
 from exvideo_train.latents.store import LatentStore, Quarantine, quarantine_clip
 
 # -- files that cannot be read: nothing is known of them, so nothing is done to them ------------------------------
@@ -330,7 +330,7 @@ def test_nothing_is_written_through_a_link(store: LatentStore) -> None:
 # -- encoding into a store in which something cannot be read -------------------------------------------------------
 
 
-def plan_of(store: LatentStore, folder: Path) -> Plan:
+def plan_of(store: LatentStore, folder: Path) -> EncodePlan:
     for part, config in (("vae", {"latent_channels": 2}), ("text_encoder", {"d_model": 6})):
         (folder / "model" / part).mkdir(parents=True, exist_ok=True)
         (folder / "model" / part / "config.json").write_text(json.dumps(config))

@@ -3,8 +3,8 @@
 import pytest
 
 from exvideo_train.latents.clip_file import UnusableLatent
+from exvideo_train.latents.encode_plan import set_damaged_aside
 from exvideo_train.latents.inspection import verify_store
-from exvideo_train.latents.plan import set_damaged_aside
 from tests.unit.latents.conftest import GEOMETRY
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.plan import Plan
+from exvideo_train.latents.encode_plan import EncodePlan
 from exvideo_train.latents.report import Totals, earlier_refusals, make_report, totals_from_json, totals_to_json
 from exvideo_train.latents.store import Quarantine
 
@@ -28,7 +28,7 @@ def test_totals_travel_between_machines():
 
 
 def test_report_adds_up():
-    plan = Plan(pending=[None] * 20, num_clips=60, num_reused=30, num_held_back=Counter(missing=5), num_later=5)
+    plan = EncodePlan(pending=[None] * 20, num_clips=60, num_reused=30, num_held_back=Counter(missing=5), num_later=5)
     totals = [totals_of(10, 50, 1), totals_of(4, 40, 2)]
     report = make_report(plan, totals, 14, Counter(missing=5, timeout=4), 60, [])
     assert report.remaining == 60 - 30 - 14 - 9
@@ -44,7 +44,7 @@ def test_report_adds_up():
 
 
 def test_cut_captions_are_counted_and_listed():
-    plan = Plan(pending=[None] * 3, num_clips=3)
+    plan = EncodePlan(pending=[None] * 3, num_clips=3)
     report = make_report(plan, [], 3, Counter(), 1, [], ["clip_a", "clip_b"])
     assert "2 captions are longer" in report.describe()
     assert asdict(report)["cut_captions"] == ["clip_a", "clip_b"]

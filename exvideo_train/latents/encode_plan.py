@@ -22,7 +22,7 @@ from exvideo_train.latents.untrusted import is_folder, list_folder, set_aside
 
 
 @dataclass
-class Plan:
+class EncodePlan:
     """Counts are of the manifest's clips.
 
     Attributes:
@@ -130,13 +130,13 @@ def existing_clips(store: LatentStore, geometry: Geometry) -> Existing:
 
 def make_plan(
     settings: EncodeSettings, store: LatentStore, manifest: Path, retry_quarantined: bool, max_clips: int
-) -> Plan:
+) -> EncodePlan:
     """Compare a manifest with a store; reads only.
 
     Raises:
         UserError: the manifest is missing, empty or malformed.
     """
-    plan = Plan(bytes_per_clip=settings.bytes_per_clip(), free_bytes=_free_bytes(settings.store_path))
+    plan = EncodePlan(bytes_per_clip=settings.bytes_per_clip(), free_bytes=_free_bytes(settings.store_path))
     geometry = settings.geometry
     existing = existing_clips(store, geometry) if geometry.name in store.fingerprints else Existing()
     plan.damaged, plan.unreadable = existing.damaged, existing.unreadable

@@ -9,7 +9,7 @@ from support.store import settings_for
 
 from exvideo_train.clips.record import ClipRecord, make_clip_id, write_manifest
 from exvideo_train.geometry import Geometry
-from exvideo_train.latents.plan import make_plan, take_from_index, write_index
+from exvideo_train.latents.encode_plan import make_plan, take_from_index, write_index
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.models.normalisation import Normalisation
 
