@@ -8,6 +8,7 @@ from support.store import SHORT
 from support.trained import STEPS, Trained
 
 from exvideo_train.config.commands import Train
+from exvideo_train.config.experiment import plain_config
 from exvideo_train.entry import compose_config, to_dataclass
 from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_parameters
 from exvideo_train.latents.store import LatentStore
@@ -26,7 +27,7 @@ def reference(trained: Trained) -> tuple[list[float], list[float], dict[str, tor
     """Losses, gradient norms and adapter of a plain loop: torch's AdamW, one process, no DeepSpeed."""
     config = to_dataclass(compose_config("train", trained.overrides("reference"), Train), Train)
     backbone = load_backbone(trained.model, torch.float32, torch.device("cpu"))
-    apply_lora(backbone, LoraExtension.from_config(config.lora), config.seed)
+    apply_lora(backbone, LoraExtension.from_options(plain_config(config)), config.seed)
     parameters = lora_parameters(backbone)
     optim = config.optim
     optimizer = torch.optim.AdamW(
