@@ -180,74 +180,45 @@ def no_repeat(track: Track, repeat_seconds: float) -> float | None:
     return None if distance is None else float(distance > _REPEAT_THRESHOLD)
 
 
+def _detail(
+    name: str, titles: tuple[str, str, str], unit: str, source: str, values: Callable[[Track], np.ndarray]
+) -> list[Measure]:
+    """The mean of what each frame has of detail, and how much of it the video keeps.
+
+    Args:
+        titles: of the mean, the share kept and the slope.
+    """
+    title, title_kept, title_slope = titles[0], f"{titles[1]}, last over first 15 %", titles[2]
+    per_second = "share of the mean a second"
+    return [
+        Measure(name, title, unit, Better.higher, source, lambda t: float(values(t).mean())),
+        Measure(f"{name}_kept", title_kept, "share, 1 all", Better.higher, "FramePack", lambda t: kept(values(t))),
+        Measure(f"{name}_slope", title_slope, per_second, Better.higher, "ours", lambda t: slope(values(t), t.seconds)),
+    ]
+
+
+def _drift(name: str, title: str, unit: str, values: Callable[[Track], np.ndarray]) -> Measure:
+    return Measure(f"{name}_drift", f"drift of {title}", unit, Better.lower, "FramePack", lambda t: drift(values(t)))
+
+
 def make_measures(repeat_seconds: float) -> list[Measure]:
     """All measures, in the order of the report."""
     higher, lower, neither = Better.higher, Better.lower, Better.neither
-    laplacian, framepack, vbench, riflex = "Pech-Pacheco 2000", "FramePack", "VBench", "RIFLEx"
+    levels, share = "levels, 0 to 255", "share, 0 to 1"
+    sharpness = ("sharpness", "sharpness kept", "slope of sharpness")
+    high_band = ("energy in the high band", "high band kept", "slope of the high band")
     return [
-        Measure(
-            "sharpness", "sharpness", "levels², 0 and above", higher, laplacian, lambda t: float(t.sharpness.mean())
-        ),
-        Measure(
-            "sharpness_kept",
-            "sharpness kept, last over first 15 %",
-            "share, 1 all",
-            higher,
-            framepack,
-            lambda t: kept(t.sharpness),
-        ),
-        Measure(
-            "sharpness_slope",
-            "slope of sharpness",
-            "share of the mean a second",
-            higher,
-            "ours",
-            lambda t: slope(t.sharpness, t.seconds),
-        ),
-        Measure(
-            "high_band", "energy in the high band", "share, 0 to 1", higher, "ours", lambda t: float(t.high_band.mean())
-        ),
-        Measure(
-            "high_band_kept",
-            "high band kept, last over first 15 %",
-            "share, 1 all",
-            higher,
-            framepack,
-            lambda t: kept(t.high_band),
-        ),
-        Measure(
-            "high_band_slope",
-            "slope of the high band",
-            "share of the mean a second",
-            higher,
-            "ours",
-            lambda t: slope(t.high_band, t.seconds),
-        ),
-        Measure("flicker", "temporal flickering, 1 none", "0 to 1", higher, vbench, flicker),
-        Measure("luminance_jitter", "luminance going up and down", "levels, 0 to 255", lower, "ours", luminance_jitter),
+        *_detail("sharpness", sharpness, "levels², 0 and above", "Pech-Pacheco 2000", lambda t: t.sharpness),
+        *_detail("high_band", high_band, share, "ours", lambda t: t.high_band),
+        Measure("flicker", "temporal flickering, 1 none", "0 to 1", higher, "VBench", flicker),
+        Measure("luminance_jitter", "luminance going up and down", levels, lower, "ours", luminance_jitter),
         Measure("motion", "amount of motion", "diagonals a second, 0 and above", neither, "Farneback 2003", motion),
         Measure("smoothness", "smoothness of motion", "0 to 1", higher, "ours", smoothness),
+        _drift("luminance", "luminance", levels, lambda t: t.luminance),
+        _drift("saturation", "saturation", levels, lambda t: t.saturation),
+        _drift("colour", "the mean colour", "ΔE of L*a*b*, 0 and above", lambda t: t.lab_F3),
         Measure(
-            "luminance_drift", "drift of luminance", "levels, 0 to 255", lower, framepack, lambda t: drift(t.luminance)
-        ),
-        Measure(
-            "saturation_drift",
-            "drift of saturation",
-            "levels, 0 to 255",
-            lower,
-            framepack,
-            lambda t: drift(t.saturation),
-        ),
-        Measure(
-            "colour_drift",
-            "drift of the mean colour",
-            "ΔE of L*a*b*, 0 and above",
-            lower,
-            framepack,
-            lambda t: drift(t.lab_F3),
-        ),
-        Measure(
-            "content_drift", "drift of content", "0 same, 1 unrelated, 2 negative", neither, framepack, content_drift
+            "content_drift", "drift of content", "0 same, 1 unrelated, 2 negative", neither, "FramePack", content_drift
         ),
         Measure("self_similarity", "self-similarity at a lag", "0 none to 2", lower, "ours", self_similarity),
         Measure(
@@ -255,11 +226,11 @@ def make_measures(repeat_seconds: float) -> list[Measure]:
             "distance from the opening where a repetition is expected",
             "0 same, about 1 other",
             higher,
-            riflex,
+            "RIFLEx",
             lambda t: repeat_distance(t, repeat_seconds),
         ),
-        Measure("no_repeat", "NoRepeat", "share of videos", higher, riflex, lambda t: no_repeat(t, repeat_seconds)),
-        Measure("still_share", "half seconds that stand still", "share, 0 to 1", lower, "filter_clips", still_share),
+        Measure("no_repeat", "NoRepeat", "share of videos", higher, "RIFLEx", lambda t: no_repeat(t, repeat_seconds)),
+        Measure("still_share", "half seconds that stand still", share, lower, "filter_clips", still_share),
         Measure("cuts", "cuts inside the video", "number", lower, "filter_clips", cuts),
     ]
 
