@@ -8,23 +8,14 @@ from diffusers import CogVideoXPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+from exvideo_train.config.experiment import LORA_TARGETS
 from exvideo_train.extensions.adapter_file import write_adapter
 from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_layers, lora_parameters, lora_state
 from exvideo_train.files import read_safetensors_header
 from exvideo_train.models.registry import load_backbone
 
-TARGETS = (
-    "attn1.to_q",
-    "attn1.to_k",
-    "attn1.to_v",
-    "attn1.to_out.0",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "norm1.linear",
-    "norm2.linear",
-)
 RANK, ALPHA = 4, 10.0
-SETTINGS = LoraExtension(RANK, ALPHA, TARGETS)
+SETTINGS = LoraExtension(RANK, ALPHA, tuple(LORA_TARGETS))
 
 
 def load_ours(model_path):
@@ -45,7 +36,7 @@ def train(model):
 def test_diffusers_loads_the_file_and_computes_the_same(tiny_model_5b, tmp_path, format):
     path = tmp_path / "adapter.safetensors"
     ours = train(apply_lora(load_ours(tiny_model_5b), SETTINGS, seed=6))
-    write_adapter(path, format, lora_state(ours), RANK, ALPHA, TARGETS, {"steps": 1})
+    write_adapter(path, format, lora_state(ours), RANK, ALPHA, LORA_TARGETS, {"steps": 1})
 
     pipeline = CogVideoXPipeline.from_pretrained(tiny_model_5b, torch_dtype=torch.float32)
     theirs = pipeline.transformer
@@ -71,17 +62,17 @@ def test_diffusers_loads_the_file_and_computes_the_same(tiny_model_5b, tmp_path,
 def test_metadata_is_a_peft_config(tiny_model_5b, tmp_path):
     path = tmp_path / "adapter.safetensors"
     ours = apply_lora(load_ours(tiny_model_5b), SETTINGS, seed=6)
-    write_adapter(path, "diffusers", lora_state(ours), RANK, ALPHA, TARGETS, {})
+    write_adapter(path, "diffusers", lora_state(ours), RANK, ALPHA, LORA_TARGETS, {})
     metadata = json.loads(read_safetensors_header(path)["__metadata__"]["lora_adapter_metadata"])
     config = LoraConfig(**{name.removeprefix("transformer."): value for name, value in metadata.items()})
-    assert (config.r, config.lora_alpha, set(config.target_modules)) == (RANK, ALPHA, set(TARGETS))
+    assert (config.r, config.lora_alpha, set(config.target_modules)) == (RANK, ALPHA, set(LORA_TARGETS))
 
 
 def test_diffsynth_delta_is_the_merge_of_peft(tiny_model_5b, tmp_path):
     path = tmp_path / "adapter.safetensors"
     reference = load_ours(tiny_model_5b).state_dict()
     ours = train(apply_lora(load_ours(tiny_model_5b), SETTINGS, seed=6))
-    write_adapter(path, "diffsynth", lora_state(ours), RANK, ALPHA, TARGETS, {})
+    write_adapter(path, "diffsynth", lora_state(ours), RANK, ALPHA, LORA_TARGETS, {})
     # As DiffSynth-Studio 1.1.9 does (models/lora.py): names without lora and adapter, B @ A with strength 1.
     content = load_file(path)
     added = {

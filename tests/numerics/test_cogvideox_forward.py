@@ -12,6 +12,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from exvideo_train.config.experiment import LORA_TARGETS
 from exvideo_train.models.cogvideox import published
 from exvideo_train.models.cogvideox.network import CogVideoXDiT
 from exvideo_train.models.cogvideox.positions import rotary_tables, sincos_embedding
@@ -30,10 +31,6 @@ SMALL: dict[str, Any] = {
     "sample_width": 12,
 }
 PUBLISHED = {"5b": published.TRANSFORMER_5B, "2b": published.TRANSFORMER_2B}
-LORA_TARGETS = [
-    "norm1.linear", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
-    "norm2.linear", "ff.net.0.proj", "ff.net.2",
-]  # fmt: skip
 
 
 def fields_of(variant: str, **changes: Any) -> dict[str, Any]:

@@ -8,22 +8,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from exvideo_train.config.experiment import LORA_TARGETS
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import FORMATS, read_adapter, write_adapter
 from exvideo_train.extensions.provenance import make_provenance, source_commit
 from exvideo_train.files import read_safetensors_header
 from exvideo_train.geometry import Geometry
 
-TARGETS = (
-    "attn1.to_q",
-    "attn1.to_k",
-    "attn1.to_v",
-    "attn1.to_out.0",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "norm1.linear",
-    "norm2.linear",
-)
 PROVENANCE = make_provenance("zai-org/CogVideoX-5b", "cogvideox", Geometry(129, 480, 720, 8), steps=4000, weights="raw")
 
 
@@ -32,7 +23,7 @@ def make_tensors(num_blocks=2, rank=3):
     return {
         f"transformer_blocks.{block}.{target}.{half}.weight": torch.randn(shape, generator=generator)
         for block in range(num_blocks)
-        for target in TARGETS
+        for target in LORA_TARGETS
         for half, shape in (("lora_A", (rank, 8)), ("lora_B", (6, rank)))
     }
 
@@ -55,7 +46,7 @@ def header(path):
 @pytest.mark.parametrize("alpha", [3.0, 5.0])
 def test_round_trip_keeps_the_update(tmp_path, format, alpha):
     tensors, path = make_tensors(), tmp_path / named_for(format)
-    write_adapter(path, format, tensors, 3, alpha, TARGETS, PROVENANCE)
+    write_adapter(path, format, tensors, 3, alpha, LORA_TARGETS, PROVENANCE)
     adapter = read_adapter(path)
     assert adapter.tensors.keys() == tensors.keys()
     assert adapter.rank == 3
@@ -68,7 +59,7 @@ def test_round_trip_keeps_the_update(tmp_path, format, alpha):
 @pytest.mark.parametrize("format", FORMATS)
 def test_provenance_survives(tmp_path, format):
     path = tmp_path / named_for(format)
-    write_adapter(path, format, make_tensors(), 3, 5.0, TARGETS, PROVENANCE)
+    write_adapter(path, format, make_tensors(), 3, 5.0, LORA_TARGETS, PROVENANCE)
     read = read_adapter(path).provenance
     assert read == {**PROVENANCE, "rank": 3, "alpha": 5.0, "adapter_format": format}
     assert read["base_model"] == "zai-org/CogVideoX-5b"
@@ -82,13 +73,13 @@ def test_the_commit_is_a_commit_of_this_checkout_or_unknown():
 
 def test_equal_content_is_equal_bytes(tmp_path):
     for name in ("a", "b"):
-        write_adapter(tmp_path / f"{name}.safetensors", "diffusers", make_tensors(), 3, 5.0, TARGETS, PROVENANCE)
+        write_adapter(tmp_path / f"{name}.safetensors", "diffusers", make_tensors(), 3, 5.0, LORA_TARGETS, PROVENANCE)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_comfyui_keys_begin_with_transformer_and_nothing_states_alpha_twice(tmp_path):
     path = tmp_path / "a.safetensors"
-    write_adapter(path, "comfyui", make_tensors(), 3, 5.0, TARGETS, PROVENANCE)
+    write_adapter(path, "comfyui", make_tensors(), 3, 5.0, LORA_TARGETS, PROVENANCE)
     assert all(key.startswith("transformer.") for key in load_file(path))
     assert "lora_adapter_metadata" not in header(path)
 
@@ -106,7 +97,7 @@ def test_every_diffsynth_key_of_a_full_adapter_is_a_name_of_its_network(tmp_path
         "ff.2",
     ]
     path = tmp_path / "a.safetensors"
-    write_adapter(path, "diffsynth", make_tensors(num_blocks=42, rank=1), 1, 1.0, TARGETS, PROVENANCE)
+    write_adapter(path, "diffsynth", make_tensors(num_blocks=42, rank=1), 1, 1.0, LORA_TARGETS, PROVENANCE)
     expected = {
         f"blocks.{block}.{linear}.{half}.default.weight"
         for block in range(42)
@@ -147,7 +138,7 @@ def test_reads_kohyas_files_with_an_alpha_a_module(tmp_path, prefix):
 
 def test_an_alpha_that_float32_rounds_comes_back_as_it_was(tmp_path):
     path = tmp_path / "a.safetensors"
-    write_adapter(path, "kohya", make_tensors(), 3, 0.1, TARGETS, PROVENANCE)
+    write_adapter(path, "kohya", make_tensors(), 3, 0.1, LORA_TARGETS, PROVENANCE)
     assert read_adapter(path).alpha == 0.1
 
 
@@ -186,7 +177,7 @@ def test_other_linears_have_diffsynth_names_too(tmp_path):
 def test_refuses_to_write(tmp_path, change, message):
     arguments = {"path": "a.safetensors", "format": "diffusers", "tensors": make_tensors(), "rank": 3} | change
     with pytest.raises(UserError, match=message):
-        write_adapter(tmp_path / arguments.pop("path"), **arguments, alpha=3.0, targets=TARGETS, provenance={})
+        write_adapter(tmp_path / arguments.pop("path"), **arguments, alpha=3.0, targets=LORA_TARGETS, provenance={})
     assert not list(tmp_path.iterdir())
 
 
@@ -194,7 +185,7 @@ def test_refuses_to_read(tmp_path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(UserError, match="does not exist"):
         read_adapter(path)
-    write_adapter(path, "diffusers", make_tensors(), 3, 5.0, TARGETS, PROVENANCE)
+    write_adapter(path, "diffusers", make_tensors(), 3, 5.0, LORA_TARGETS, PROVENANCE)
     content = path.read_bytes()
     path.write_bytes(content[:-10])
     with pytest.raises(UserError, match="truncated"):
@@ -213,5 +204,5 @@ def test_refuses_to_read(tmp_path):
 
 def test_the_header_is_read_without_the_tensors(tmp_path):
     path = tmp_path / "a.safetensors"
-    write_adapter(path, "diffusers", make_tensors(), 3, 5.0, TARGETS, PROVENANCE)
+    write_adapter(path, "diffusers", make_tensors(), 3, 5.0, LORA_TARGETS, PROVENANCE)
     assert json.loads(read_safetensors_header(path)["__metadata__"]["exvideo_train"])["steps"] == 4000

@@ -9,7 +9,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import nn
 
-from exvideo_train.config.experiment import LoraConfig
+from exvideo_train.config.experiment import LORA_TARGETS, LoraConfig
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.lora import (
     LoraExtension,
@@ -22,17 +22,7 @@ from exvideo_train.extensions.lora import (
     set_lora_scale,
 )
 
-TARGETS = (
-    "attn1.to_q",
-    "attn1.to_k",
-    "attn1.to_v",
-    "attn1.to_out.0",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "norm1.linear",
-    "norm2.linear",
-)
-SETTINGS = LoraExtension(rank=4, alpha=6.0, target_modules=TARGETS)
+SETTINGS = LoraExtension(rank=4, alpha=6.0, target_modules=tuple(LORA_TARGETS))
 TINY = {
     "num_attention_heads": 2,
     "attention_head_dim": 16,
@@ -118,7 +108,7 @@ def test_rank_64_on_a_full_size_5b_is_the_published_size():
             num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True
         )
         assert sum(parameter.numel() for parameter in network.parameters()) == 5_570_283_072
-        model = apply_lora(network, LoraExtension(64, 64.0, TARGETS), seed=6)
+        model = apply_lora(network, LoraExtension(64, 64.0, tuple(LORA_TARGETS)), seed=6)
     assert sum(parameter.numel() for parameter in lora_parameters(model).values()) == 250_478_592
 
 
