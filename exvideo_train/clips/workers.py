@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -96,62 +97,86 @@ def map_by(
     Raises:
         Whatever `do` raises, as soon as it does.
     """
-    todo: SimpleQueue[tuple[int, Task] | None] = SimpleQueue()
-    done: SimpleQueue[tuple[int, Task, Result] | BaseException] = SimpleQueue()
-    running: list[tuple[SomeWorker, threading.Thread]] = []
-    stopped = threading.Event()
-
-    def work(worker: SomeWorker) -> None:
-        try:
-            while (entry := todo.get()) is not None and not stopped.is_set():
-                number, task = entry
-                done.put((number, task, do(worker, task)))
-        # Nothing may be lost in a thread: the caller raises it.
-        except BaseException as error:  # noqa: BLE001
-            done.put(error)
-        finally:
-            worker.close()
-
-    source = iter(tasks)
+    crew = _Crew(make_worker, do)
+    numbered = enumerate(tasks)
     finished: dict[int, tuple[Task, Result]] = {}
-    num_read = num_done = num_given = 0
+    num_ahead = num_done = num_given = 0
 
     def read_ahead() -> int:
-        """Hand out tasks; returns how many have been."""
-        read = num_read
-        while read - num_given < most_ahead:
-            try:
-                todo.put((read, next(source)))
-            except StopIteration:
-                break
-            read += 1
-            if len(running) < min(num_workers, read - num_given):
-                worker = make_worker()
-                running.append((worker, threading.Thread(target=work, args=(worker,), daemon=True)))
-                running[-1][1].start()
-        return read
+        """Hand out tasks; returns how many are not given back yet."""
+        num_open = num_ahead
+        for number, task in islice(numbered, most_ahead - num_open):
+            crew.begin(number, task)
+            num_open += 1
+            if crew.size < min(num_workers, num_open):
+                crew.grow()
+        return num_open
 
     try:
-        num_read = read_ahead()
-        while num_given < num_read:
+        num_ahead = read_ahead()
+        while num_ahead:
             while num_given not in finished:
-                outcome = done.get()
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                number, task, result = outcome
+                number, task, result = crew.next_done()
                 finished[number if in_order else num_done] = task, result
                 num_done += 1
-            num_given += 1
+            num_given, num_ahead = num_given + 1, num_ahead - 1
             # Before the caller turns to this result: workers are not to wait for him.
-            num_read = read_ahead()
+            num_ahead = read_ahead()
             yield finished.pop(num_given - 1)
     finally:
-        stopped.set()
-        for worker, _ in running:
+        crew.stop()
+
+
+class _Crew(Generic[SomeWorker, Task, Result]):
+    """Workers, each with a thread that gives it one task after another."""
+
+    def __init__(self, make_worker: Callable[[], SomeWorker], do: Callable[[SomeWorker, Task], Result]) -> None:
+        self._make_worker, self._do = make_worker, do
+        self._todo: SimpleQueue[tuple[int, Task] | None] = SimpleQueue()
+        self._done: SimpleQueue[tuple[int, Task, Result] | BaseException] = SimpleQueue()
+        self._running: list[tuple[SomeWorker, threading.Thread]] = []
+        self._stopped = threading.Event()
+
+    @property
+    def size(self) -> int:
+        return len(self._running)
+
+    def grow(self) -> None:
+        """Another worker."""
+        worker = self._make_worker()
+        self._running.append((worker, threading.Thread(target=self._work, args=(worker,), daemon=True)))
+        self._running[-1][1].start()
+
+    def begin(self, number: int, task: Task) -> None:
+        """Leave a task to the worker that is free first."""
+        self._todo.put((number, task))
+
+    def next_done(self) -> tuple[int, Task, Result]:
+        """Wait for a task that is done; raises what a worker's raised."""
+        outcome = self._done.get()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def stop(self) -> None:
+        """End every worker, and tasks under way."""
+        self._stopped.set()
+        for worker, _ in self._running:
             worker.cancel()
-            todo.put(None)
-        for _, thread in running:
+            self._todo.put(None)
+        for _, thread in self._running:
             thread.join()
+
+    def _work(self, worker: SomeWorker) -> None:
+        try:
+            while (entry := self._todo.get()) is not None and not self._stopped.is_set():
+                number, task = entry
+                self._done.put((number, task, self._do(worker, task)))
+        # Nothing may be lost in a thread: the caller raises it.
+        except BaseException as error:  # noqa: BLE001
+            self._done.put(error)
+        finally:
+            worker.close()
 
 
 class Worker(Generic[Task, Result]):

@@ -166,19 +166,7 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
     extension: Extension = mesh.main_first(lambda: family.extension().from_options(plain_config(config)))
     data = mesh.main_first(lambda: open_data(config, mesh, model_path, log))
     levels = family.noise_levels(model_path).to(mesh.device)
-    checkpoint = mesh.main_first(lambda: find_checkpoint(Path(config.run_dir), config.resume, log))
-    if checkpoint is not None:
-        found = checkpoint
-        notes = mesh.main_first(
-            lambda: check_same_run(found.state.config, plain_config(config), extension.shape_options)
-        )
-        for note in notes:
-            log(f"option changed since the checkpoint: {note}")
-        if found.state.clips_sha256 != data.sha256():
-            log(
-                "the training clips of the store have changed since the checkpoint: the run goes on with the new ones, "
-                "and some clips may come twice or not at all in this epoch"
-            )
+    checkpoint = _find_checkpoint(config, mesh, extension, data, log)
     # A run that goes on needs the file no more.
     initial = mesh.main_first(lambda: extension.initial(family.name)) if checkpoint is None else None
 
@@ -220,6 +208,26 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
         dtype,
         resumed_from,
     )
+
+
+def _find_checkpoint(config: Train, mesh: Mesh, extension: Extension, data: Data, log: Log) -> Checkpoint | None:
+    """The checkpoint that the run goes on from, if any; what has changed since is told.
+
+    Raises:
+        UserError: it is broken, or of a run that was another.
+    """
+    found = mesh.main_first(lambda: find_checkpoint(Path(config.run_dir), config.resume, log))
+    if found is None:
+        return None
+    notes = mesh.main_first(lambda: check_same_run(found.state.config, plain_config(config), extension.shape_options))
+    for note in notes:
+        log(f"option changed since the checkpoint: {note}")
+    if found.state.clips_sha256 != data.sha256():
+        log(
+            "the training clips of the store have changed since the checkpoint: the run goes on with the new ones, "
+            "and some clips may come twice or not at all in this epoch"
+        )
+    return found
 
 
 def load_optimizer(engine: TrainingEngine, checkpoint: Checkpoint) -> None:

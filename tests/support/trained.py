@@ -175,7 +175,9 @@ class Trained:
         _ = self.two
         spec = self.spec
         faults = ["data.batch_size=4", "max_steps=6"]
+        held_out = [*HELD_OUT, "data.batch_size=2", "validation.every_steps=2"]
         from_path = ["max_steps=4", f"resume={self.checkpoint('never', 1)}"]
+        adapter = self.run_dir("held_out_1") / "adapter.safetensors"
         self._damage_latents()
         return many_runs(
             [
@@ -183,13 +185,8 @@ class Trained:
                 spec("one_accumulated", "data.batch_size=2", "optim.accumulation_steps=2"),
                 spec("cross 1", "data.batch_size=4", f"max_steps={CROSS_STEPS}", folder="cross", stop_after=4),
                 spec("mixed_one", *MIXED, "optim.accumulation_steps=2"),
-                spec("held_out_1", *HELD_OUT, "data.batch_size=2", "validation.every_steps=2"),
-                spec(
-                    "begun_from_file",
-                    *HELD_OUT,
-                    *("data.batch_size=2", "validation.every_steps=2", "max_steps=1"),
-                    f"lora.init={self.run_dir('held_out_1') / 'adapter.safetensors'}",
-                ),
+                spec("held_out_1", *held_out),
+                spec("begun_from_file", *held_out, "max_steps=1", f"lora.init={adapter}"),
                 spec("held_out_none", *HELD_OUT, "data.batch_size=2"),
                 spec("bf16", "model.dtype=bf16", "max_steps=3", fingerprint=True),
                 spec("bf16_resumed", "model.dtype=bf16", "max_steps=6", folder="bf16"),
@@ -214,22 +211,10 @@ class Trained:
                 ),
                 spec("spikes", *faults, "safety.loss_spike_factor=1.01"),
                 spec("spikes_logged_late", *faults, "safety.loss_spike_factor=1.01", "logger.log_every_steps=4"),
-                spec(
-                    "held_out_damaged",
-                    *HELD_OUT,
-                    "data.batch_size=2",
-                    "validation.every_steps=2",
-                    f"latents={self.folder / 'held_out_corrupt'}",
-                ),
+                spec("held_out_damaged", *held_out, f"latents={self.folder / 'held_out_corrupt'}"),
                 # The stop comes in a step that validation is due in.
-                spec("held_out_stopped", *HELD_OUT, "data.batch_size=2", "validation.every_steps=2", stop_after=2),
-                spec(
-                    "held_out_stopped again",
-                    *HELD_OUT,
-                    "data.batch_size=2",
-                    "validation.every_steps=2",
-                    folder="held_out_stopped",
-                ),
+                spec("held_out_stopped", *held_out, stop_after=2),
+                spec("held_out_stopped again", *held_out, folder="held_out_stopped"),
                 *(spec(name, "max_steps=2", *options) for name, options in FORMS.items()),
                 spec("never", "max_steps=1", "resume=never"),
                 spec("from_path", *from_path, stop_after=2),
