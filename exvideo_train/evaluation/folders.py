@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,24 @@ def find_videos(option: str, folder: Path, variant: str, follow_links: bool = Fa
     return found
 
 
+def sampled_variants(folder: Path) -> dict[str, list[VideoFile]]:
+    """All videos that the ``samples.json`` of a folder names, by variant; none where there is no such file.
+
+    Raises:
+        UserError: the file is not what sampling writes.
+    """
+    index = folder / INDEX
+    if not os.path.lexists(index):
+        return {}
+    with _told_as_foreign(index):
+        settings, samples = _read_index(index)
+        found: dict[str, list[VideoFile]] = {}
+        for sample in samples:
+            for variant in _variants_of(sample):
+                found.setdefault(variant, []).append(_sample(index, sample, settings.get("seed"), variant))
+    return found
+
+
 def _listed(folder: Path) -> list[VideoFile]:
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(VIDEO_SUFFIXES))
@@ -75,10 +94,15 @@ def _listed(folder: Path) -> list[VideoFile]:
 
 
 def _sampled(index: Path, variant: str) -> list[VideoFile]:
+    with _told_as_foreign(index):
+        settings, samples = _read_index(index)
+        return [_sample(index, sample, settings.get("seed"), variant) for sample in samples]
+
+
+@contextmanager
+def _told_as_foreign(index: Path) -> Iterator[None]:
     try:
-        content: Any = parse_json(read_regular(index, _MAX_INDEX_BYTES))
-        settings, samples = content["settings"], content["samples"]
-        found = [_sample(index, sample, settings.get("seed"), variant) for sample in samples]
+        yield
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -86,11 +110,19 @@ def _sampled(index: Path, variant: str) -> list[VideoFile]:
             f"{index}: not what exvideo_train.sample writes ({type(error).__name__}: {error}); remove it, and videos "
             "are paired by their names"
         ) from error
-    return found
+
+
+def _read_index(index: Path) -> tuple[Any, Any]:
+    content: Any = parse_json(read_regular(index, _MAX_INDEX_BYTES))
+    return content["settings"], content["samples"]
+
+
+def _variants_of(sample: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: file for name, file in sample["files"].items() if name not in _NOT_A_VARIANT}
 
 
 def _sample(index: Path, sample: Mapping[str, Any], seed: Any, variant: str) -> VideoFile:
-    files = {name: file for name, file in sample["files"].items() if name not in _NOT_A_VARIANT}
+    files = _variants_of(sample)
     chosen = next((name for name in (variant, f"{variant}_adapter") if name in files), None)
     if chosen is None and len(files) == 1:
         chosen = next(iter(files))

@@ -113,7 +113,7 @@ def evaluate_folders(options: Evaluate) -> Evaluation:
     pairs, left_out = pair_videos(files)
     reading = Reading(options.fps, None, options.max_frames)
     every = [video for pair in pairs.values() for video in pair.values()]
-    tracks = _measure_all(every, reading, options, left_out)
+    tracks = measure_videos(every, reading, options, left_out)
     measures = make_measures(options.repeat_seconds)
     measured: dict[str, dict[str, Measured]] = {}
     for name, pair in pairs.items():
@@ -139,7 +139,7 @@ def evaluate_folders(options: Evaluate) -> Evaluation:
     return Evaluation(options, measures, measured, reference, comparisons, left_out)
 
 
-def _measure_all(
+def measure_videos(
     files: Iterable[VideoFile], reading: Reading, options: Evaluate, left_out: list[str]
 ) -> dict[Path, Track]:
     """Tracks by path, in processes that a foreign video may kill; one that cannot be read costs itself, and is told."""
@@ -201,7 +201,7 @@ def _reference(options: Evaluate, like: Track, left_out: list[str]) -> list[Meas
         return []
     files = find_videos("reference", Path(options.reference), "reference", options.follow_links)
     reading = Reading(options.fps or like.fps, (like.height, like.width), options.max_frames)
-    tracks = _measure_all(files, reading, options, left_out)
+    tracks = measure_videos(files, reading, options, left_out)
     # Kept shares and drift depend on the length: a longer real clip counts as far as the variants' videos go.
     return [
         Measured(file, tracks[file.path].first(min(like.num_frames, tracks[file.path].num_frames)))

@@ -18,9 +18,13 @@ from exvideo_train.config.experiment import LoggerConfig
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_text, parse_json, read_regular, short
 from exvideo_train.training.checkpoint import METRICS_FILE
+from exvideo_train.training.sample_measures import check_samples
 
 # A million records.
 _MAX_METRICS_BYTES = 1 << 30
+# What a record holds of sample videos; the step that they were made at stands beside it for wandb.
+SAMPLE_GROUPS = ("samples", "sample_videos")
+SAMPLE_STEP = "sample_videos/step"
 
 
 class RunLogger:
@@ -41,6 +45,7 @@ class RunLogger:
         self._bar: tqdm | None = None
         self._wandb: Any = None
         self._tensorboard: Any = None
+        self._newest_step = 0
         self._started = time.monotonic()
 
     def start(self, first_step: int, max_steps: int, checkpoint: Path | None = None) -> None:
@@ -56,6 +61,7 @@ class RunLogger:
             atomic_write_text(self.run_dir / METRICS_FILE, "".join(line + "\n" for line in lines))
         self._drop_records_after(first_step)
         self._started = time.monotonic()
+        self._newest_step = first_step
         self._first_step, self._max_steps = first_step, max_steps
         if sys.stderr.isatty():
             self._bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True)
@@ -69,7 +75,7 @@ class RunLogger:
     def _start_wandb(self) -> Any:
         import wandb
 
-        return wandb.init(
+        run = wandb.init(
             project=self.config.wandb_project,
             name=self.config.wandb_name or self.run_dir.resolve().name,
             dir=str(self.run_dir),
@@ -78,6 +84,11 @@ class RunLogger:
             id=_wandb_id(self.run_dir),
             resume="allow",
         )
+        # Videos are measured when training is steps ahead of them, and wandb takes no step before the newest.
+        run.define_metric(SAMPLE_STEP)
+        for group in SAMPLE_GROUPS:
+            run.define_metric(f"{group}/*", step_metric=SAMPLE_STEP)
+        return run
 
     def _drop_records_after(self, step: int) -> None:
         path = self.run_dir / METRICS_FILE
@@ -100,8 +111,10 @@ class RunLogger:
         line = json.dumps(_json_values({"step": step, **values}), default=str)
         self._append(self.run_dir / METRICS_FILE, line + "\n")
         numbers = dict(_numbers(values))
+        self._newest_step = max(step, self._newest_step)
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            own_step = {SAMPLE_STEP: step} if not values.keys().isdisjoint(SAMPLE_GROUPS) else {}
+            self._wandb.log({**numbers, **own_step}, step=self._newest_step)
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -183,6 +196,7 @@ def _check_record(record: Any) -> None:
             if not isinstance(validation, dict) or not isinstance(validation.get("by_position"), list):
                 raise ValueError(f"{name}={short(validation)}")
             numbers += [validation.get("loss"), validation.get("extension_gap"), *validation["by_position"]]
+    check_samples(record.get("samples", {}))
     for value in numbers:
         # Null stands for what was not finite.
         if value is not None and type(value) not in (int, float):

@@ -22,6 +22,7 @@ from exvideo_train.models.noise_levels import denoising_loss
 from exvideo_train.parallel.mesh import Mesh, init_mesh
 from exvideo_train.randomness import generator_for
 from exvideo_train.training.checkpoint import CheckpointWriter, TrainingState, set_aside_later_checkpoints
+from exvideo_train.training.curves import draw_curves
 from exvideo_train.training.dataset import TrainingBatch
 from exvideo_train.training.interruption import RESUME_STATUS, Interruption
 from exvideo_train.training.job import (
@@ -34,8 +35,8 @@ from exvideo_train.training.job import (
 from exvideo_train.training.learning_rate import learning_rate
 from exvideo_train.training.loggers import RunLogger, read_metrics
 from exvideo_train.training.meters import SpeedMeter
-from exvideo_train.training.samples import SampleProcess
-from exvideo_train.training.validation import draw_curves
+from exvideo_train.training.sample_measures import SampleMeasures
+from exvideo_train.training.samples import SampleProcess, environment
 from exvideo_train.training.watchdog import Watchdog
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -65,7 +66,8 @@ def run(config: Train) -> int:
             torch.distributed.destroy_process_group()
         if status == 0:
             # Alone: videos may take longer than ranks wait for one another.
-            trainer.samples.finish()
+            trainer.finish_samples()
+        logger.close()
     return status
 
 
@@ -102,7 +104,8 @@ class Trainer:
         options = self.config.checkpoint
         self.writer = CheckpointWriter(self.run_dir, options.keep_last, options.keep_every, logger.message)
         self.meter = SpeedMeter(self.mesh.device, self.mesh.world_size, self.mesh.sequence_size, job.peak_flops)
-        self.samples = SampleProcess(self.config, self.run_dir, logger.message)
+        self.measures = SampleMeasures(self.run_dir, environment(), logger.message, self._record_samples)
+        self.samples = SampleProcess(self.config, self.run_dir, logger.message, self.measures.add)
         state = job.checkpoint.state if job.checkpoint else TrainingState(0, 0, 0, 0, {})
         self.step, self.position = state.step, state.position
         self.num_updates, self.num_skipped = state.num_updates, state.num_skipped
@@ -143,7 +146,6 @@ class Trainer:
                 # Rank 0 may hear of it last.
                 reason = next(filter(None, self.mesh.gather(self.interruption.reason)))
                 self.logger.message(f"stopped after step {self.step} ({reason}); the same command resumes")
-                self.logger.close()
                 return RESUME_STATUS
             if self._is_due(self.config.validation.sample_every_steps):
                 self._start_samples()
@@ -157,7 +159,9 @@ class Trainer:
         atomic_write_text(self.run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
         set_aside_later_checkpoints(self.run_dir, self.step, self.logger.message)
         self.logger.start(self.step, self.config.max_steps, self.job.checkpoint.path if self.job.checkpoint else None)
-        return _from_records(read_metrics(self.run_dir))
+        records = read_metrics(self.run_dir)
+        self.measures.resume(self.step, records)
+        return _from_records(records)
 
     def _train_step(self) -> StepResult:
         """One optimizer step."""
@@ -250,6 +254,7 @@ class Trainer:
         self.logger.record(self.step, values)
         self.logger.step_line(self.step, values)
         self.samples.poll()
+        self.measures.poll()
         if new := sorted(corrupt - self.reported_corrupt):
             names = ", ".join(new)
             self.logger.message(f"step {self.step}: damaged or unreadable, replaced by the next in order: {names}")
@@ -309,6 +314,11 @@ class Trainer:
         self.logger.record(self.step, record)
         self._draw_curves()
 
+    def _record_samples(self, step: int, values: dict[str, Any]) -> None:
+        """Sample videos of an earlier step, measured meanwhile."""
+        self.logger.record(step, values)
+        self._draw_curves()
+
     def _draw_curves(self) -> None:
         if self.mesh.is_main:
             try:
@@ -349,7 +359,11 @@ class Trainer:
         self.mesh.main_first(lambda: self._write_results(tensors) if self.mesh.is_main else None)
         self._draw_curves()
         self.logger.message(f"finished {self.step} steps; adapter: {self.run_dir / ADAPTER_FILE}")
-        self.logger.close()
+
+    def finish_samples(self) -> None:
+        """Wait for the last sample videos and their measures."""
+        self.samples.finish()
+        self.measures.finish(self.config.validation.sample_wait_minutes)
 
     def _write_results(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         self._export(self.run_dir / ADAPTER_FILE, tensors[self.job.extension.name], "raw")

@@ -11,6 +11,10 @@ from pathlib import Path
 
 from exvideo_train.config.experiment import Experiment
 from exvideo_train.files import atomic_write_text
+from exvideo_train.training.sample_measures import LOG_FILE, MEASURES_FILE, PROMPTS_FILE, be_nice
+
+# What sampling writes beside its videos.
+SAMPLES_FILE = "samples.json"
 
 
 class SampleProcess:
@@ -20,12 +24,20 @@ class SampleProcess:
         config: geometry, sampler and prompts of the experiment.
         run_dir: videos go to samples/step_N/ in it.
         log: told when videos are made, or why not.
+        on_end: called with the folder when there will be no more videos in it.
     """
 
-    def __init__(self, config: Experiment, run_dir: Path, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Experiment,
+        run_dir: Path,
+        log: Callable[[str], None],
+        on_end: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
         self.config = config
         self.run_dir = run_dir
         self.log = log
+        self.on_end = on_end
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = run_dir
 
@@ -38,15 +50,18 @@ class SampleProcess:
             self.log(f"no sample videos for {adapter.parent.name}: {why}")
             return
         self._folder = adapter.parent
-        prompts_file = self._folder / "prompts.txt"
+        # Of a run that went on from before this step: they would tell of other videos.
+        for name in (SAMPLES_FILE, MEASURES_FILE):
+            (self._folder / name).unlink(missing_ok=True)
+        prompts_file = self._folder / PROMPTS_FILE
         atomic_write_text(prompts_file, "".join(" ".join(prompt.split()) + "\n" for prompt in prompts))
-        log_file = open(self._folder / "log.txt", "wb")  # noqa: SIM115 (the child keeps it)
+        log_file = open(self._folder / LOG_FILE, "wb")  # noqa: SIM115 (the child keeps it)
         self._process = subprocess.Popen(
             self._command(adapter, prompts_file),
             stdout=log_file,
             stderr=subprocess.STDOUT,
-            env=_environment(),
-            preexec_fn=_be_nice,
+            env=environment(),
+            preexec_fn=be_nice,
             start_new_session=True,
         )
         log_file.close()
@@ -83,8 +98,9 @@ class SampleProcess:
         if self._process.returncode == 0:
             self.log(f"sample videos: {self._folder}")
         else:
-            self.log(f"sample videos failed (status {self._process.returncode}); see {self._folder / 'log.txt'}")
+            self.log(f"sample videos failed (status {self._process.returncode}); see {self._folder / LOG_FILE}")
         self._process = None
+        self.on_end(self._folder)
 
     def finish(self) -> None:
         """Wait for the videos under way, but not for ever: the run is over and may hold rented GPUs."""
@@ -98,14 +114,11 @@ class SampleProcess:
             self._process.wait()
             self.log(f"sample videos given up {minutes:g} minutes after the end of training: {self._folder}")
             self._process = None
+            self.on_end(self._folder)
         self.poll()
 
 
-def _be_nice() -> None:
-    os.nice(10)
-
-
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Without the launcher's variables: the process is no rank."""
     launcher = (
         "RANK",

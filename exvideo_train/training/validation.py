@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +24,6 @@ from exvideo_train.latents.store import LatentStore, StoredClip
 from exvideo_train.models.noise_levels import NoiseLevels, denoising_loss
 from exvideo_train.parallel.mesh import Mesh
 from exvideo_train.training.draws import draw
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Far from any training seed, so that validation noise is never training noise.
 _VALIDATION_SEED = 0x5EED_0FA7
@@ -188,52 +184,3 @@ class Validator:
             extension_gap=float(beyond.mean() / base.mean()) if len(beyond) else None,
             num_clips=num_clips,
         )
-
-
-def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw `curves_figure` into a PNG, which is replaced whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    curves_figure(records).savefig(temporary, format="png", dpi=100)
-    temporary.replace(path)
-
-
-def curves_figure(records: Sequence[dict[str, Any]]) -> Figure:
-    """Training and validation loss, extension gap, and held-out loss by latent frame, side by side.
-
-    Args:
-        records: of metrics.jsonl.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    loss_axes, gap_axes, position_axes = figure.subplots(1, 3)
-    training = [record for record in records if "loss" in record]
-    loss_axes.plot([r["step"] for r in training], [r["loss"] for r in training], lw=0.8, label="training")
-    for name in ("validation", "validation_ema"):
-        scored = [record for record in records if name in record]
-        if not scored:
-            continue
-        steps = [record["step"] for record in scored]
-        loss_axes.plot(steps, [record[name]["loss"] for record in scored], "o-", label=name.replace("_", ", "))
-        gaps = [(s, r[name]["extension_gap"]) for s, r in zip(steps, scored, strict=True)]
-        gaps = [(step, gap) for step, gap in gaps if gap is not None]
-        gap_axes.plot([step for step, _ in gaps], [gap for _, gap in gaps], "o-", label=name.replace("_", ", "))
-        if name == "validation":
-            for record in dict.fromkeys((0, len(scored) - 1)):
-                label = f"step {steps[record]}"
-                position_axes.plot(scored[record][name]["by_position"], label=label)
-    gap_axes.axhline(1.0, color="gray", lw=0.8, ls="--")
-    for axes, title, x_label in (
-        (loss_axes, "loss", "step"),
-        (gap_axes, "extension gap (loss beyond the base length / within)", "step"),
-        (position_axes, "held-out loss by latent frame", "latent frame"),
-    ):
-        axes.set_title(title)
-        axes.set_xlabel(x_label)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-        elif axes is not loss_axes:
-            hint = "no held-out clips longer than the base model's:\nset data.held_out_clips"
-            axes.text(0.5, 0.5, hint, ha="center", transform=axes.transAxes)
-    return figure

@@ -351,6 +351,9 @@ RECORDS = [
     refused(
         "positions of words", f'{{"step": 1, "validation_ema": {SCORES.replace("null]", chr(34) * 2 + "]")}}}', "2"
     ),
+    held("sample videos", '{"step": 1, "samples": {"with": {"sharpness": 1.5, "cuts": null}}}'),
+    refused("samples of words", '{"step": 1, "samples": "x"}', "line 2", "samples='x'"),
+    refused("a measure of words", '{"step": 1, "samples": {"with": {"cuts": "1"}}}', "line 2"),
     refused("escapes", '{"step": "\\u001b[2J"}', "line 2"),
 ]
 

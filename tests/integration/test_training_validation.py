@@ -11,9 +11,10 @@ from support.trained import Trained
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.models.cogvideox.objective import noise_levels
 from exvideo_train.models.registry import load_backbone
+from exvideo_train.training.curves import curves_figure
 from exvideo_train.training.draws import draw
 from exvideo_train.training.order import split_held_out
-from exvideo_train.training.validation import _VALIDATION_SEED, curves_figure
+from exvideo_train.training.validation import _VALIDATION_SEED
 
 BASE_LATENT_FRAMES = 13
 

@@ -183,6 +183,7 @@ def run_one(spec: dict[str, Any], mesh: Mesh, config: Train) -> dict[str, Any]:
             for line in trainer.describe():
                 logger.message(line)
             result["status"] = trainer.train()
+            logger.close()
             if spec.get("fingerprint"):
                 result["frozen_after"] = frozen_hash(job.engine.module)
         except UserError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from exvideo_train.config.experiment import Experiment
-from exvideo_train.training.samples import SampleProcess, _environment
+from exvideo_train.training.samples import SampleProcess, environment
 
 
 def test_failing_sample_videos_are_told_and_harm_nothing(tmp_path: Path) -> None:
@@ -51,5 +51,5 @@ def test_without_prompts_nothing_is_started(tmp_path: Path) -> None:
 def test_the_process_is_no_rank_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
-    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & _environment().keys()
-    assert "PATH" in _environment()
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & environment().keys()
+    assert "PATH" in environment()
