@@ -7,6 +7,7 @@ from typing import Annotated
 
 from omegaconf import MISSING
 
+from exvideo_train.config.experiment import BoardsConfig
 from exvideo_train.config.options import Options, Range
 
 
@@ -49,3 +50,4 @@ class Evaluate(Options):
     """Size up to which videos are put into report.html; those beyond are links, opened only when followed."""
     seed: int = 0
     """Of the bootstrap."""
+    logger: BoardsConfig = field(default_factory=BoardsConfig)

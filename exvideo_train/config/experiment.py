@@ -178,17 +178,21 @@ class ParallelConfig(Options, group="parallel"):
 
 
 @dataclass
-class LoggerConfig(Options, group="logger"):
-    log_every_steps: Annotated[int, Range(1, MANY)] = 1
-    """Steps between console lines and records in metrics.jsonl; only these steps synchronise the device."""
+class BoardsConfig(Options, group="logger"):
     wandb: bool = False
     """Log to Weights & Biases; WANDB_MODE=offline keeps it local."""
     wandb_project: str = "exvideo"
     """Weights & Biases project."""
     wandb_name: str | None = None
-    """Weights & Biases run name; unset takes the run folder's name."""
+    """Weights & Biases run name; unset takes the name of the run's or the report's folder."""
     tensorboard: bool = False
-    """Write TensorBoard events into the run folder."""
+    """Write TensorBoard events into that folder."""
+
+
+@dataclass
+class LoggerConfig(BoardsConfig, group="logger"):
+    log_every_steps: Annotated[int, Range(1, MANY)] = 1
+    """Steps between console lines and records in metrics.jsonl; only these steps synchronise the device."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from exvideo_train.evaluation.track import Track
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _DASHES = ("-", "--", "-.", ":")
 _NUM_SHOWN = 6
-_NUM_MOMENTS = 200
+NUM_MOMENTS = 200
 
 
 def style_of(number: int) -> tuple[str, str]:
@@ -38,12 +38,8 @@ def curve_chart(series: str, tracks: Mapping[str, Sequence[Track]]) -> str:
     axes = figure.subplots()
     for number, videos in enumerate(tracks.values()):
         color, dashes = style_of(number)
-        seconds = np.linspace(0.0, max(_length(track) for track in videos), _NUM_MOMENTS)
-        curves = np.stack([_at(track, series, seconds) for track in videos])
-        counts = np.isfinite(curves).sum(axis=0)
-        sums = np.nansum(curves, axis=0)
-        mean = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-        deviation = np.sqrt(np.nansum((curves - mean) ** 2, axis=0) / np.maximum(counts, 1))
+        seconds = np.linspace(0.0, max(length(track) for track in videos), NUM_MOMENTS)
+        mean, deviation = mean_curve(series, videos, seconds)
         axes.fill_between(seconds, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
         axes.plot(seconds, mean, color=color, linestyle=dashes, linewidth=1.6)
     axes.set_xlabel("seconds")
@@ -56,7 +52,16 @@ def curve_chart(series: str, tracks: Mapping[str, Sequence[Track]]) -> str:
     return data_uri(content.getvalue(), "image/svg+xml")
 
 
-def _length(track: Track) -> float:
+def mean_curve(series: str, videos: Sequence[Track], seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over those of the videos that last so long, NaN where none does."""
+    curves = np.stack([_at(track, series, seconds) for track in videos])
+    counts = np.isfinite(curves).sum(axis=0)
+    mean = np.where(counts > 0, np.nansum(curves, axis=0) / np.maximum(counts, 1), np.nan)
+    return mean, np.sqrt(np.nansum((curves - mean) ** 2, axis=0) / np.maximum(counts, 1))
+
+
+def length(track: Track) -> float:
+    """Seconds from the first frame to the last."""
     return float(track.seconds[-1] - track.seconds[0])
 
 

@@ -11,6 +11,7 @@ import hashlib
 import html
 import os
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import exvideo_train
@@ -117,11 +118,7 @@ def _verdict_row(measure: Measure, comparison: Comparison, reference: list[Measu
 
 
 def _curves(evaluation: Evaluation) -> Iterable[str]:
-    tracks = {
-        variant: [pair[variant].track for pair in evaluation.pairs.values()] for variant in evaluation.options.variants
-    }
-    if evaluation.reference:
-        tracks["real videos"] = [video.track for video in evaluation.reference]
+    tracks = evaluation.tracks()
     yield "<h2>Over time</h2><p>Mean of all videos; the band is one standard deviation to either side.</p><p class=key>"
     for number, variant in enumerate(tracks):
         color, dashes = style_of(number)
@@ -216,7 +213,7 @@ def _left_out(evaluation: Evaluation) -> Iterable[str]:
 
 def _settings(evaluation: Evaluation) -> Iterable[str]:
     yield "<h2>Settings</h2><table><tbody>"
-    for name, value in vars(evaluation.options).items():
+    for name, value in asdict(evaluation.options).items():
         items = value.items() if isinstance(value, dict) else [("", value)]
         for key, item in items:
             yield f"<tr><th scope=row>{_text(f'{name}.{key}' if key else name)}<td class=setting>{_text(item)}"

@@ -26,6 +26,7 @@ from exvideo_train.files import atomic_write_json, refuse_inputs
 from exvideo_train.terminal import escaped
 
 REPORT, RESULTS = "report.html", "results.json"
+REAL = "real videos"
 _TASKS_PER_PROCESS = 200
 # Rates are counted from rounded timestamps.
 _SAME_FPS = 0.02
@@ -58,6 +59,11 @@ class Evaluation:
     comparisons: dict[str, list[Comparison]]
     left_out: list[str]
 
+    def tracks(self) -> dict[str, list[Track]]:
+        """Of every variant, and of the real videos."""
+        tracks = {variant: [pair[variant].track for pair in self.pairs.values()] for variant in self.options.variants}
+        return tracks | ({REAL: [video.track for video in self.reference]} if self.reference else {})
+
 
 def run_evaluation(options: Evaluate) -> None:
     """Evaluate, print the verdicts and write ``report.html`` and ``results.json``.
@@ -65,6 +71,7 @@ def run_evaluation(options: Evaluate) -> None:
     Raises:
         UserError: a folder without videos, no pair that can be compared, or a folder that cannot be written.
     """
+    from exvideo_train.evaluation.figures import log_evaluation
     from exvideo_train.evaluation.report import write_report
 
     output = Path(options.output)
@@ -73,6 +80,7 @@ def run_evaluation(options: Evaluate) -> None:
     refuse_inputs("output", [output / REPORT, output / RESULTS], {"variants": videos})
     atomic_write_json(output / RESULTS, results(result))
     write_report(output / REPORT, result)
+    log_evaluation(output, result)
     for line in result.left_out:
         print(f"left out: {escaped(line)}", file=sys.stderr)
     for variant, comparisons in result.comparisons.items():

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from exvideo_train.boards import Boards
 from exvideo_train.config.experiment import LoggerConfig
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_text, parse_json, read_regular, short
@@ -43,9 +44,7 @@ class RunLogger:
         self.run_config = run_config
         self.is_main = is_main
         self._bar: tqdm | None = None
-        self._wandb: Any = None
-        self._tensorboard: Any = None
-        self._newest_step = 0
+        self._boards: Boards | None = None
         self._started = time.monotonic()
 
     def start(self, first_step: int, max_steps: int, checkpoint: Path | None = None) -> None:
@@ -61,34 +60,19 @@ class RunLogger:
             atomic_write_text(self.run_dir / METRICS_FILE, "".join(line + "\n" for line in lines))
         self._drop_records_after(first_step)
         self._started = time.monotonic()
-        self._newest_step = first_step
         self._first_step, self._max_steps = first_step, max_steps
         if sys.stderr.isatty():
             self._bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True)
-        if self.config.wandb:
-            self._wandb = self._start_wandb()
-        if self.config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first_step + 1)
-
-    def _start_wandb(self) -> Any:
-        import wandb
-
-        run = wandb.init(
-            project=self.config.wandb_project,
-            name=self.config.wandb_name or self.run_dir.resolve().name,
-            dir=str(self.run_dir),
-            config=dict(self.run_config),
+        self._boards = Boards(
+            self.run_dir,
+            self.config,
+            self.run_config,
+            first_step=first_step + 1,
             # The same run folder is the same wandb run after a resume.
-            id=_wandb_id(self.run_dir),
-            resume="allow",
+            run_id=_wandb_id(self.run_dir) if self.config.wandb else None,
+            # Videos are measured when training is steps ahead of them.
+            axes=dict.fromkeys(SAMPLE_GROUPS, SAMPLE_STEP),
         )
-        # Videos are measured when training is steps ahead of them, and wandb takes no step before the newest.
-        run.define_metric(SAMPLE_STEP)
-        for group in SAMPLE_GROUPS:
-            run.define_metric(f"{group}/*", step_metric=SAMPLE_STEP)
-        return run
 
     def _drop_records_after(self, step: int) -> None:
         path = self.run_dir / METRICS_FILE
@@ -110,14 +94,9 @@ class RunLogger:
             return
         line = json.dumps(_json_values({"step": step, **values}), default=str)
         self._append(self.run_dir / METRICS_FILE, line + "\n")
-        numbers = dict(_numbers(values))
-        self._newest_step = max(step, self._newest_step)
-        if self._wandb is not None:
+        if self._boards is not None:
             own_step = {SAMPLE_STEP: step} if not values.keys().isdisjoint(SAMPLE_GROUPS) else {}
-            self._wandb.log({**numbers, **own_step}, step=self._newest_step)
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._boards.log(step, {**values, **own_step})
 
     def _append(self, path: Path, line: str) -> None:
         """A full disk costs the line, not the run."""
@@ -155,10 +134,8 @@ class RunLogger:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._boards is not None:
+            self._boards.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -210,18 +187,6 @@ def _json_values(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json_values(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found += _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, list):
-            found += _numbers({str(i): item for i, item in enumerate(value)}, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            found.append((prefix + name, float(value)))
-    return found
 
 
 def _wandb_id(run_dir: Path) -> str:

@@ -10,6 +10,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from support.videos import make_video
+from support.wandb_file import read_history
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from exvideo_train.config.evaluation import Evaluate
 from exvideo_train.errors import UserError
@@ -51,8 +53,9 @@ def report(tmp_path_factory):
     damaged = root / "with" / names[-1]
     damaged.write_bytes(damaged.read_bytes()[:-3000])
     options = [f"with={root / 'with'}", f"without={root}/without, 'it'", f"output={root / 'out'}", "base_frames=9"]
+    options += ["num_workers=1", "logger=wandb", "logger.tensorboard=true"]
     result = subprocess.run(
-        [sys.executable, "-m", "exvideo_train.evaluate", *options, "num_workers=1"],
+        [sys.executable, "-m", "exvideo_train.evaluate", *options],
         capture_output=True,
         text=True,
         timeout=300,
@@ -95,6 +98,31 @@ def test_the_lost_detail_is_told(report):
     assert (video["num_frames"], video["fps"], video["seed"]) == (NUM_FRAMES, FPS, 6)
     assert len(video["series"]["sharpness"]) == NUM_FRAMES
     assert "sharpness_kept" in result.stdout
+
+
+def test_wandb_and_tensorboard_get_the_figures_of_the_report(report):
+    root, _ = report
+    content = json.loads((root / "out" / "results.json").read_text())
+    (entry,) = [entry for entry in content["comparisons"]["with"] if entry["measure"] == "sharpness"]
+    first = [content["pairs"][name]["with"]["series"]["sharpness"][0] for name in content["pairs"]]
+    events = EventAccumulator(str(root / "out" / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    (offline,) = (root / "out" / "wandb").glob("offline-run-*/*.wandb")
+    history = read_history(offline)
+    for name, value in {
+        "measures/with/sharpness": entry["mean"],
+        "measures/without/sharpness": entry["baseline_mean"],
+        "differences/with/sharpness/difference": entry["difference"],
+        "differences/with/sharpness/high": entry["high"],
+        "curves/with/sharpness": np.mean(first),
+    }.items():
+        assert events.Scalars(name)[0].value == pytest.approx(value), name
+        assert history[0][name] == pytest.approx(value), name
+    curve = events.Scalars("curves/with/luminance")
+    assert [point.step for point in (curve[0], curve[-1])] == [0, 1000 * (NUM_FRAMES - 1) // FPS]
+    assert history[-1]["curves/seconds"] == (NUM_FRAMES - 1) / FPS
+    (verdicts,) = events.Tensors("verdicts/with against without/text_summary")
+    assert "| sharpness_kept | better |" in verdicts.tensor_proto.string_val[0].decode()
 
 
 def test_a_damaged_video_costs_its_pair_and_is_named(report):
