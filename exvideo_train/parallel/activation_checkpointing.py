@@ -54,7 +54,7 @@ def block_runner(recompute: Recompute, has_dropout: bool) -> Callable[..., Any] 
 
     Args:
         recompute: the policy.
-        has_dropout: LoRA dropout draws random numbers in the block, which recomputation must draw again alike.
+        has_dropout: the extension draws random numbers in the block, which recomputation must draw again alike.
     """
     if recompute is Recompute.none:
         return None

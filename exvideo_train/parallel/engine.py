@@ -63,8 +63,8 @@ class TrainingEngine:
     """A backbone with its sharded optimizer.
 
     Args:
-        model: backbone with LoRA, on this rank's device, already loaded with the weights to start from; DeepSpeed
-            broadcasts rank 0's.
+        model: backbone with its extension, on this rank's device, already loaded with the weights to start from;
+            DeepSpeed broadcasts rank 0's.
         trainable: the trained parameters by published name, all fp32.
         config: the experiment.
         mesh: this rank's place.

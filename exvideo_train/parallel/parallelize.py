@@ -30,7 +30,7 @@ def parallelize(
     has_dropout: bool,
     attend: Attend | None = None,
 ) -> str:
-    """Apply attention kernel, sequence parallelism, compilation, recomputation and autocast to a backbone with LoRA.
+    """Apply attention kernel, sequence parallelism, compilation, recomputation and autocast to what is trained.
 
     Args:
         backbone: a network with what it has of these: ``blocks``, ``run_block``, attention modules with ``attend``,

@@ -35,7 +35,7 @@ class Measures:
 
 
 TITLES = {
-    "freezing": "freeze all but the LoRA",
+    "freezing": "freeze all but the extension",
     "mixed_precision": "bf16 for what is frozen and for products",
     "checkpointing": "gradient checkpointing of every block",
     "flash_attention": "flash attention",

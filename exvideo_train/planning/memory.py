@@ -121,7 +121,7 @@ class StepMemory:
     Attributes:
         moment: forward, backward or update: when the sum is largest.
         weights: frozen weights, with what ZeRO-3 gathers.
-        lora: the trained parameters.
+        trained: weights that are trained.
         optimizer: fp32 master copy, moments, moving average.
         gradients: gradients and DeepSpeed's buffers for them.
         kept: activations kept for the backward pass, and the batch.
@@ -132,7 +132,7 @@ class StepMemory:
 
     moment: str
     weights: int
-    lora: int
+    trained: int
     optimizer: int
     gradients: int
     kept: int
@@ -143,7 +143,7 @@ class StepMemory:
     @property
     def allocated(self) -> int:
         """What ``torch.cuda.max_memory_allocated`` would say."""
-        return self.weights + self.lora + self.optimizer + self.gradients + self.kept + self.working
+        return self.weights + self.trained + self.optimizer + self.gradients + self.kept + self.working
 
     @property
     def total(self) -> int:
@@ -173,7 +173,7 @@ def step_memory(
     return StepMemory(
         moment=moment,
         weights=weights,
-        lora=optimizer.trained,
+        trained=optimizer.trained,
         optimizer=optimizer.states,
         gradients=gradients,
         kept=kept_now,

@@ -13,7 +13,7 @@ from exvideo_train.planning.suggestions import Suggestion
 
 MEMORY_ROWS = {
     "weights": "frozen weights",
-    "lora": "trained, fp32",
+    "trained": "trained, fp32",
     "optimizer": "optimizer: fp32 copy, moments, moving average",
     "gradients": "gradients and their buffers",
     "kept": "activations kept, batch",
@@ -174,7 +174,7 @@ def measures_text(config: Plan, added: Sequence[MeasuresRow], without: Sequence[
         memory = row.memory
         return [
             row.title,
-            gib(memory.weights + memory.lora + row.encoders),
+            gib(memory.weights + memory.trained + row.encoders),
             gib(memory.gradients + memory.optimizer),
             gib(memory.kept + memory.working),
             gib(row.total),

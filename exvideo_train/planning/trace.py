@@ -1,9 +1,9 @@
 """One training step run without data or memory: its exact FLOPs, and every byte it would hold, from the real model.
 
-The step runs on fake tensors (shapes without content) through the real network, LoRA, autocast, recomputation policy
-and sequence split, so nothing about them is restated in a formula. Two depths are traced and every further block adds
-what the third one added to the second: the first block differs (nothing before it needs a gradient), the others are
-alike.
+The step runs on fake tensors (shapes without content) through the real network, extension, autocast, recomputation
+policy and sequence split, so nothing about them is restated in a formula. Two depths are traced and every further block
+adds what the third one added to the second: the first block differs (nothing before it needs a gradient), the others
+are alike.
 
 Axis letters: B batch, T latent frames, C channel, H height, W width, L text tokens, N heads, S joint sequence,
 D head dim.

@@ -52,7 +52,7 @@ def test_129_frames_fit_in_80_gb() -> None:
     assert plan.trained == 250_478_592
     # 5,570,283,072 parameters in bf16, the LoRA in fp32, and 42 block inputs of 44,776 x 3072 in bf16.
     assert plan.memory.weights == 2 * 5_570_283_072
-    assert plan.memory.lora == 4 * 250_478_592
+    assert plan.memory.trained == 4 * 250_478_592
     assert plan.memory.kept / GIB == pytest.approx(42 * 44_776 * 3072 * 2 / GIB, rel=0.06)
     assert plan.memory.allocated / GIB == pytest.approx(31.0, abs=0.5)
 
