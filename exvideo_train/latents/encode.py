@@ -32,8 +32,7 @@ from exvideo_train.latents.encode_plan import (
     take_from_index,
     write_index,
 )
-from exvideo_train.latents.local_engine import EncodersDied, LocalEngine
-from exvideo_train.latents.report import (
+from exvideo_train.latents.encode_report import (
     Progress,
     Totals,
     earlier_refusals,
@@ -42,6 +41,7 @@ from exvideo_train.latents.report import (
     totals_to_json,
     write_report,
 )
+from exvideo_train.latents.local_engine import EncodersDied, LocalEngine
 from exvideo_train.latents.settings import EncodeSettings, resolve_settings
 from exvideo_train.latents.store import LatentStore, Quarantine
 from exvideo_train.latents.untrusted import folders_below, hold_store, refuse_links

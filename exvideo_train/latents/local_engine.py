@@ -35,7 +35,7 @@ from exvideo_train.clips.workers import Failure, exit_with_parent
 from exvideo_train.errors import UserError
 from exvideo_train.latents.clip_file import IndexEntry
 from exvideo_train.latents.decode import ATTEMPTS_AFTER_DEATH, Decoded, decode_clips
-from exvideo_train.latents.report import Totals
+from exvideo_train.latents.encode_report import Totals
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.latents.store import LatentStore, Quarantine, is_settled, quarantine_clip
 

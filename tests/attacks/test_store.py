@@ -23,7 +23,7 @@ from support.attacked_store import (
 from support.attacks import Attack, Ending, attacks, check_ending, dropped, held, refused
 
 from exvideo_train.errors import UserError
-from exvideo_train.latents.report import totals_from_json
+from exvideo_train.latents.encode_report import totals_from_json
 from exvideo_train.latents.store import LatentStore, Quarantine
 from exvideo_train.models.cogvideox.encoding import read_normalisation
 from exvideo_train.models.normalisation import Normalisation

@@ -23,7 +23,7 @@ from support.ranks import free_port
 
 from exvideo_train.latents import encode
 from exvideo_train.latents.encode import Launch
-from exvideo_train.latents.report import Totals, totals_to_json
+from exvideo_train.latents.encode_report import Totals, totals_to_json
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_json
 from exvideo_train.latents import encode
 from exvideo_train.latents.encode import Launch, find_launch, share_out
+from exvideo_train.latents.encode_report import Totals, totals_to_json
 from exvideo_train.latents.local_engine import EncodersDied
-from exvideo_train.latents.report import Totals, totals_to_json
 
 
 @pytest.fixture

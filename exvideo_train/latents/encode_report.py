@@ -53,7 +53,7 @@ _TOTALS = {entry.name: _AMOUNT for entry in fields(Totals)} | {
 
 
 @dataclass
-class Report:
+class EncodeReport:
     """Outcome of a run.
 
     Attributes:
@@ -149,7 +149,7 @@ def make_report(
     missing_reports: list[int],
     cut_captions: Sequence[str] = (),
     refused_by_decord: Mapping[str, str] | None = None,
-) -> Report:
+) -> EncodeReport:
     """Put a run's figures together.
 
     Args:
@@ -172,7 +172,7 @@ def make_report(
     clips_per_second = total("num_encoded") / loop_seconds if loop_seconds else 0.0
     num_new_failures = sum(quarantined.values()) - sum(plan.num_held_back.values())
     remaining = len(plan.pending) - encoded - num_new_failures + plan.num_later
-    return Report(
+    return EncodeReport(
         encoded=encoded,
         reused=plan.num_reused,
         quarantined=dict(sorted(quarantined.items())),
@@ -196,7 +196,7 @@ def make_report(
     )
 
 
-def write_report(report: Report, quarantine: Quarantine) -> Path:
+def write_report(report: EncodeReport, quarantine: Quarantine) -> Path:
     """Write the report as JSON, and the quarantined clips with their reasons as JSON lines beside it."""
     path = _report_path(quarantine)
     atomic_write_json(path, asdict(report))
@@ -210,7 +210,7 @@ def _report_path(quarantine: Quarantine) -> Path:
 
 
 def earlier_refusals(quarantine: Quarantine) -> dict[str, str]:
-    """`Report.refused_by_decord` of the report that the next one replaces; only the clips' own files have it too."""
+    """`EncodeReport.refused_by_decord` of the report that the next one replaces; only clips' own files have it too."""
     path = _report_path(quarantine)
     try:
         if not exists_inside(quarantine.store_path, path):
