@@ -77,7 +77,6 @@ class Family(Generic[Config]):
     """From the subfolder, in a dtype, onto a device."""
     published_config: Callable[[str], Config | None]
     """Of a hub id whose config is known without a download, else None."""
-    latent_channels: Callable[[Config], int]
     num_base_frames: Callable[[Config], int]
     """Video frames that the base model was trained on."""
     noise_levels: Callable[[Path], NoiseLevels]

@@ -31,11 +31,13 @@ def stored_shapes(family: Family[Any], config: Any, geometry: Geometry) -> dict[
 
 
 def input_shapes(family: Family[Any], config: Any, geometry: Geometry, batch_size: int) -> InputShapes:
-    """Of what the network is called with."""
-    frames, rows, columns = family.grid.shape_THW(geometry)
-    stored = {n: torch.empty(s, device="meta") for n, s in stored_shapes(family, config, geometry).items()}
+    """Of what the network is called with; a latent's channels are those stored, of a mean and log-variance the half."""
+    shapes = stored_shapes(family, config, geometry)
+    stored = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     conditions = family.conditions(stored, stored, False)
+    num_stored, frames, rows, columns = shapes[family.latents_name]
+    divide_by = family.stored((frames, rows, columns), None)[family.latents_name].channels_divide_by
     return InputShapes(
-        (batch_size, frames, family.latent_channels(config), rows, columns),
+        (batch_size, frames, num_stored // divide_by, rows, columns),
         {name: (batch_size, *tensor.shape) for name, tensor in conditions.items()},
     )

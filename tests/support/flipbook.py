@@ -167,7 +167,6 @@ FLIPBOOK: Family[int] = Family(
     read_config=read_width,
     load=load,
     published_config=lambda hub_id: None,
-    latent_channels=lambda config: 3,
     num_base_frames=lambda config: 4,
     noise_levels=noise_levels,
     extension=Later("support.flipbook:TimeExtension"),

@@ -18,10 +18,6 @@ def _published_config(hub_id: str) -> CogVideoXConfig | None:
     return None if fields is None else weights.config_from_fields(fields, hub_id)
 
 
-def _latent_channels(config: CogVideoXConfig) -> int:
-    return config.in_channels
-
-
 def _num_base_frames(config: CogVideoXConfig) -> int:
     return config.sample_frames
 
@@ -46,7 +42,6 @@ COGVIDEOX: Family[CogVideoXConfig] = Family(
     read_config=weights.read_config,
     load=weights.load,
     published_config=_published_config,
-    latent_channels=_latent_channels,
     num_base_frames=_num_base_frames,
     noise_levels=objective.noise_levels,
     extension=Later("exvideo_train.extensions.lora:LoraExtension"),
