@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from exvideo_train.clips.bounds import MAX_CAPTION_LETTERS, shown
@@ -12,55 +12,27 @@ from exvideo_train.clips.container import Reason, UnreadableClip
 from exvideo_train.clips.record import ClipRecord
 from exvideo_train.clips.sources.base import (
     UNREADABLE_SIDECAR,
-    VIDEO_SUFFIXES,
     Dropped,
     RawRows,
-    Source,
     as_score,
     parse_timestamp,
     span_problem,
     videos_folder,
 )
-from exvideo_train.clips.sources.folders import DataFolder
+from exvideo_train.clips.sources.folders import DataFolder, FolderSource
 from exvideo_train.clips.sources.table import Table, parse_object, text_field
 from exvideo_train.clips.sources.text_files import csv_pieces, json_line_pieces
-from exvideo_train.errors import UserError
 
-ROWS_A_PIECE = 2000
 # As many letters as are kept and one more, of four bytes each.
 MAX_CAPTION_BYTES = 4 * (MAX_CAPTION_LETTERS + 1)
 _SCORES = ("aesthetic", "umt", "matching")
 
 
 @dataclass
-class CaptionedFolder(Source):
+class CaptionedFolder(FolderSource):
     """Every video of a tree, its caption in a text file of the same name; without one the caption is empty."""
 
-    videos: str
-    follow_links: bool = False
-
-    def __post_init__(self) -> None:
-        self.name = "folder"
-        self.progress_unit = "files"
-        self._folder = DataFolder(str(videos_folder(self.videos)), self.follow_links)
-
-    def total_progress(self) -> None:
-        return None
-
-    def pieces(self) -> Iterator[RawRows]:
-        found, refused = False, ""
-        for listing in self._folder.walk():
-            videos, dropped = listing.videos(), listing.drops()
-            found = found or bool(videos)
-            refused = refused or (dropped[0].detail if dropped else "")
-            for start in range(0, len(videos), ROWS_A_PIECE):
-                part = videos[start : start + ROWS_A_PIECE]
-                yield RawRows(listing.folder, list(enumerate(part)), len(part))
-            if dropped:
-                yield RawRows(listing.folder, [], 0, dropped)
-        if not found:
-            why = f"; not used: {refused}" if refused else ""
-            raise UserError(f"videos={self.videos} holds no video file ({', '.join(VIDEO_SUFFIXES)}){why}")
+    name: str = field(default="folder", init=False)
 
     def parse(self, piece: RawRows) -> Iterator[ClipRecord | Dropped]:
         yield from piece.dropped
@@ -86,10 +58,10 @@ class CaptionTable(Table):
     path_column: str
     caption_column: str
     follow_links: bool = False
+    name: str = field(default="folder", init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.name = "folder"
         # A relative path is looked for below `videos`, or else beside the table itself; none may lead elsewhere.
         root = videos_folder(self.videos) if self.videos else self._files[0].absolute().parent
         self._folder = DataFolder(os.path.normpath(root), self.follow_links)

@@ -10,15 +10,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from exvideo_train.clips.container import Reason, UnreadableClip, split_video
-from exvideo_train.clips.sources.base import BAD_NAME, VIDEO_SUFFIXES, Dropped
+from exvideo_train.clips.sources.base import BAD_NAME, VIDEO_SUFFIXES, Dropped, RawRows, Source, videos_folder
+from exvideo_train.errors import UserError
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+_ROWS_A_PIECE = 2000
 _FOLLOW = "follow_links=true follows it"
 
 
@@ -49,12 +51,12 @@ class Listing:
         names = [name for name in self.files if name.lower().endswith(VIDEO_SUFFIXES)]
         return [name for name in names if not name_problem(os.path.join(self.folder, name))]
 
-    def drops(self, suffixes: Iterable[str] = VIDEO_SUFFIXES) -> list[Dropped]:
+    def drops(self, suffixes: tuple[str, ...]) -> list[Dropped]:
         """What is not used: what would be a video or a folder of them, and names that say nothing."""
         drops = []
         for name, problem, is_folder in sorted(self.refused, key=lambda entry: entry.name):
             path = os.path.join(self.folder, name)
-            if is_folder or name.lower().endswith(tuple(suffixes)):
+            if is_folder or name.lower().endswith(suffixes):
                 drops.append(Dropped(problem.reason, problem.detail, path, path))
         for name in self.files:
             path = os.path.join(self.folder, name)
@@ -76,6 +78,48 @@ def name_problem(name: str) -> str:
     if split_video(name)[1] is not None:
         return f"{name} reads like a member of a shard"
     return ""
+
+
+@dataclass
+class FolderSource(Source):
+    """A data set that is found by walking its folder."""
+
+    videos: str
+    follow_links: bool = False
+    progress_unit: str = field(default="files", init=False)
+
+    shards: ClassVar[tuple[str, ...]] = ()
+    """Suffixes of files that hold many clips: each is a piece of its own."""
+    lacking: ClassVar[str] = f"no video file ({', '.join(VIDEO_SUFFIXES)})"
+    """What a folder holds in which nothing is found."""
+
+    def __post_init__(self) -> None:
+        self._folder = DataFolder(str(videos_folder(self.videos)), self.follow_links)
+
+    def total_progress(self) -> None:
+        return None
+
+    def pieces(self) -> Iterator[RawRows]:
+        found, refused = False, ""
+        for listing in self._folder.walk():
+            shards = [name for name in listing.files if name.endswith(self.shards)]
+            videos, dropped = listing.videos(), self.drops(listing)
+            found = found or bool(shards or videos)
+            refused = refused or (dropped[0].detail if dropped else "")
+            for name in shards:
+                yield RawRows(listing.folder, [(0, name)], 1)
+            for start in range(0, len(videos), _ROWS_A_PIECE):
+                part = videos[start : start + _ROWS_A_PIECE]
+                yield RawRows(listing.folder, list(enumerate(part)), len(part))
+            if dropped:
+                yield RawRows(listing.folder, [], 0, dropped)
+        if not found:
+            why = f"; not used: {refused}" if refused else ""
+            raise UserError(f"videos={self.videos} holds {self.lacking}{why}")
+
+    def drops(self, listing: Listing) -> list[Dropped]:
+        """What of a folder is not used."""
+        return listing.drops((*VIDEO_SUFFIXES, *self.shards))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Format as published (10M-FLT and others): ``YoutubeID``, ``Start_timestamp`` and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from exvideo_train.clips.record import ClipRecord
@@ -22,9 +22,7 @@ _SCORES = {"Aesthetic_Score": "aesthetic", "UMT_Score": "umt"}
 class InternVid(SpanTable):
     """Clips of InternVid metadata."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.name = "internvid"
+    name: str = field(default="internvid", init=False)
 
     def pieces_of(self, path: Path) -> Iterator[RawRows]:
         return json_line_pieces(path)

@@ -10,7 +10,7 @@ import ast
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,7 @@ _MAX_COMMAS = 100_000
 class Panda70M(SpanTable):
     """Clips of Panda-70M metadata."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.name = "panda70m"
+    name: str = field(default="panda70m", init=False)
 
     def pieces_of(self, path: Path) -> Iterator[RawRows]:
         return csv_pieces(path, required=("videoID", "timestamp", "caption"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,10 @@ from exvideo_train.clips.sources.base import (
     VIDEO_SUFFIXES,
     Dropped,
     RawRows,
-    Source,
     as_score,
-    videos_folder,
 )
-from exvideo_train.clips.sources.folder import MAX_CAPTION_BYTES, ROWS_A_PIECE
-from exvideo_train.clips.sources.folders import DataFolder, Listing, name_problem
+from exvideo_train.clips.sources.folder import MAX_CAPTION_BYTES
+from exvideo_train.clips.sources.folders import FolderSource, Listing, name_problem
 from exvideo_train.errors import UserError
 from exvideo_train.files import open_regular
 
@@ -47,45 +45,29 @@ _Read = Callable[[str, int], bytes | None]
 
 
 @dataclass
-class WebDataset(Source):
+class WebDataset(FolderSource):
     """Clips of video2dataset output, found by walking a folder (or one shard)."""
 
-    videos: str
-    follow_links: bool = False
+    name: str = field(default="webdataset", init=False)
+
+    shards = (_SHARD,)
+    lacking = "neither .tar shards nor video files; give video2dataset's output"
 
     def __post_init__(self) -> None:
-        self.name = "webdataset"
-        self.progress_unit = "files"
-        self._shard = os.path.abspath(self.videos) if _is_shard(self.videos) else ""
-        self._folder = DataFolder("" if self._shard else str(videos_folder(self.videos)), self.follow_links)
-
-    def total_progress(self) -> None:
-        return None
+        self._is_shard = self.videos.endswith(_SHARD) and os.path.isfile(self.videos)
+        if not self._is_shard:
+            super().__post_init__()
 
     def pieces(self) -> Iterator[RawRows]:
-        if self._shard:
-            folder, name = os.path.split(self._shard)
-            yield RawRows(folder, [(0, name)], 1)
+        if not self._is_shard:
+            yield from super().pieces()
             return
-        found, refused = False, ""
-        for listing in self._folder.walk():
-            shards = [name for name in listing.files if name.endswith(_SHARD)]
-            for name in shards:
-                yield RawRows(listing.folder, [(0, name)], 1)
-            videos, dropped = listing.videos(), listing.drops((*VIDEO_SUFFIXES, _SHARD))
-            dropped += [_compressed(listing, name) for name in listing.files if name.lower().endswith(_COMPRESSED)]
-            found = found or bool(videos or shards)
-            refused = refused or (dropped[0].detail if dropped else "")
-            for start in range(0, len(videos), ROWS_A_PIECE):
-                part = videos[start : start + ROWS_A_PIECE]
-                yield RawRows(listing.folder, list(enumerate(part)), len(part))
-            if dropped:
-                yield RawRows(listing.folder, [], 0, dropped)
-        if not found:
-            why = f"; not used: {refused}" if refused else ""
-            raise UserError(
-                f"videos={self.videos} holds neither .tar shards nor video files; give video2dataset's output{why}"
-            )
+        folder, name = os.path.split(os.path.abspath(self.videos))
+        yield RawRows(folder, [(0, name)], 1)
+
+    def drops(self, listing: Listing) -> list[Dropped]:
+        compressed = [_compressed(listing, name) for name in listing.files if name.lower().endswith(_COMPRESSED)]
+        return super().drops(listing) + compressed
 
     def parse(self, piece: RawRows) -> Iterator[ClipRecord | Dropped]:
         yield from piece.dropped
@@ -162,10 +144,6 @@ class WebDataset(Source):
 def _compressed(listing: Listing, name: str) -> Dropped:
     path = os.path.join(listing.folder, name)
     return Dropped(Reason.UNSUPPORTED_FORMAT.value, f"{path} is compressed; shards are read in place: unpack it", path)
-
-
-def _is_shard(path: str) -> bool:
-    return path.endswith(_SHARD) and os.path.isfile(path)
 
 
 def _sort_member(
