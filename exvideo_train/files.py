@@ -39,7 +39,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 160
 
 
-def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a temporary path beside ``path``, flush it to disk, then rename it into place.
 
     A reader sees the old file or the whole new one, never a part. The temporary file is removed on any error.
@@ -57,9 +57,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         publish({temporary: path})
         temporary = None
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose a writable folder, then run again"
-        ) from error
+        raise _cannot_write(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -85,9 +83,12 @@ def publish(finished: Mapping[Path, Path]) -> None:
             reached = target
             os.replace(temporary, target)
     except OSError as error:
-        raise UserError(
-            f"cannot write {reached}: {error.strerror or error}; free space or choose a writable folder, then run again"
-        ) from error
+        raise _cannot_write(reached, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    reason = error.strerror or error
+    return UserError(f"cannot write {path}: {reason}; free space or choose a writable folder, then run again")
 
 
 def refuse_inputs(option: str, outputs: Iterable[Path], inputs: Mapping[str, Iterable[Path]]) -> None:
@@ -124,11 +125,7 @@ def _umask() -> int:
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` whole or not at all."""
-    atomic_write(path, lambda temporary: _write_all(temporary, content))
-
-
-def _write_all(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+    atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def create_marker(path: Path) -> bool:
@@ -143,7 +140,7 @@ def create_marker(path: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another folder") from error
+        raise _cannot_write(path, error) from error
     return True
 
 
@@ -167,15 +164,12 @@ def atomic_save_safetensors(
     (length,) = struct.unpack("<Q", content[:8])
     # The library writes metadata in the order of a hash table, which differs between runs.
     header = json.loads(bytes(content[8 : 8 + length]))
-    ordered = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    ordered |= {name: entry for name, entry in header.items() if name != "__metadata__"}
-    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    ordered = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
+    begin = _safetensors_begin(ordered | {name: entry for name, entry in header.items() if name != _METADATA})
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as stream:
-            stream.write(struct.pack("<Q", len(text)))
-            stream.write(text)
+            stream.write(begin)
             stream.write(content[8 + length :])
 
     atomic_write(path, write)
@@ -199,18 +193,23 @@ def atomic_stream_safetensors(
     for name, (dtype, shape) in entries.items():
         begin, end = end, end + math.prod(shape) * _DTYPE_BITS[dtype] // 8
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    first = _safetensors_begin(header)
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as stream:
-            stream.write(struct.pack("<Q", len(text)))
-            stream.write(text)
+            stream.write(first)
             for tensor in tensors:
                 stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-            assert stream.tell() == 8 + len(text) + end
+            assert stream.tell() == len(first) + end
 
     atomic_write(path, write)
+
+
+def _safetensors_begin(header: Mapping[str, Any]) -> bytes:
+    """Length and header, padded so that the tensors' bytes behind them are aligned."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def sha256_file(path: Path) -> str:
