@@ -168,18 +168,14 @@ def quote_overrides(overrides: list[str], config_class: type) -> list[str]:
     return quoted
 
 
-def register_schema(config_class: type, name: str) -> None:
-    """Make the dataclass known to Hydra as ``<name>_schema``, the first entry of ``conf/<name>.yaml``."""
-    ConfigStore.instance().store(name=f"{name}_schema", node=config_class)
-
-
 def compose_config(name: str, overrides: list[str], config_class: type) -> DictConfig:
     """Compose ``conf/<name>.yaml`` with overrides.
 
     Raises:
         UserError: an unknown option, choice or value, with the nearest names.
     """
-    register_schema(config_class, name)
+    # The first entry of conf/<name>.yaml.
+    ConfigStore.instance().store(name=f"{name}_schema", node=config_class)
     _check_names(overrides, config_class)
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):

@@ -120,6 +120,9 @@ def _shard_members(path: str, _size: int, _modified: int) -> tuple[dict[str, Mem
 def _check_file(path: str) -> os.stat_result:
     try:
         status = os.stat(path)
+        # Opening a pipe would wait for its writer.
+        if stat.S_ISREG(status.st_mode):
+            os.close(os.open(path, os.O_RDONLY))
     except (FileNotFoundError, NotADirectoryError):
         raise UnreadableClip(Reason.MISSING, f"{path} does not exist") from None
     except PermissionError:
@@ -128,12 +131,6 @@ def _check_file(path: str) -> os.stat_result:
         raise UnreadableClip(Reason.READ_ERROR, f"{path}: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):
         raise UnreadableClip(Reason.NOT_A_FILE, f"{path} is not a regular file")
-    try:
-        os.close(os.open(path, os.O_RDONLY))
-    except PermissionError:
-        raise UnreadableClip(Reason.PERMISSION, f"{path} may not be read") from None
-    except OSError as error:
-        raise UnreadableClip(Reason.READ_ERROR, f"{path}: {error.strerror}") from None
     if status.st_size == 0:
         raise UnreadableClip(Reason.EMPTY_FILE, f"{path} has 0 bytes")
     return status

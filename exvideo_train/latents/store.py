@@ -305,7 +305,7 @@ class LatentStore:
             raise CorruptLatent(f"{path}: not the empty prompt; move it away and encode again")
         for geometry in self.geometries():
             held = self.channels(geometry) or {}
-            for name, axis in _open_axes({name: rule.shape for name, rule in rules.items()}).items():
+            for name, axis in _open_axes(rules).items():
                 if name in held and held[name] != header.shapes[name][axis]:
                     raise CorruptLatent(
                         f"{path}: {name}: shape={header.shapes[name]}, but the clips have {held[name]} channels"
@@ -321,24 +321,21 @@ class LatentStore:
 
     def _caption_rules(self) -> dict[str, TensorRule]:
         """Of what the caption gives, which is of all geometries alike; empty while there is none."""
-        rules = self._rules(self.geometries()[0]) if self.fingerprints else {}
-        return {name: rule for name, (rule, from_caption) in rules.items() if from_caption}
+        return self._rules(self.geometries()[0], of_caption=True) if self.fingerprints else {}
 
-    def _rules(self, geometry: Geometry) -> dict[str, tuple[TensorRule, bool]]:
-        """What the stored tensors must be, and whether the caption gives them."""
+    def _rules(self, geometry: Geometry, of_caption: bool = False) -> dict[str, TensorRule]:
+        """What the stored tensors must be, or those alone that the caption gives."""
         fingerprint = self.fingerprints[geometry.name]
         family = family_named(fingerprint.family, self.path)
         stored = family.stored(family.grid.shape_THW(fingerprint.geometry), fingerprint.text_length)
         return {
-            name: (
-                TensorRule(
-                    fingerprint.text_dtype if tensor.from_caption else fingerprint.vae_dtype,
-                    tensor.shape,
-                    tensor.channels_divide_by,
-                ),
-                tensor.from_caption,
+            name: TensorRule(
+                fingerprint.text_dtype if tensor.from_caption else fingerprint.vae_dtype,
+                tensor.shape,
+                tensor.channels_divide_by,
             )
             for name, tensor in stored.items()
+            if tensor.from_caption or not of_caption
         }
 
     def read(self, clip_id: str, geometry: Geometry, verify: bool = True) -> StoredClip:
@@ -373,9 +370,7 @@ class LatentStore:
 
     def _read_header(self, clip_id: str, geometry: Geometry, channels: dict[str, int] | None) -> LatentHeader:
         fingerprint = self.fingerprints[geometry.name]
-        rules = {
-            name: rule.with_channels((channels or {}).get(name)) for name, (rule, _) in self._rules(geometry).items()
-        }
+        rules = {name: rule.with_channels((channels or {}).get(name)) for name, rule in self._rules(geometry).items()}
         path = self.clip_path(clip_id, geometry)
         header = read_header(self.path, path, rules, is_clip=True)
         expected = {"clip_id": clip_id, "geometry": geometry.name, "fingerprint": fingerprint.digest()}
@@ -392,7 +387,7 @@ class LatentStore:
         Neither the fingerprint nor the geometry fixes them, and a batch can only be of equal ones.
         """
         if geometry not in self._channels:
-            axes = _open_axes({name: rule.shape for name, (rule, _) in self._rules(geometry).items()})
+            axes = _open_axes(self._rules(geometry))
             votes: Counter[tuple[int, ...]] = Counter()
             for clip_id in islice(self._clip_ids(geometry, skip_unreadable=True), _VOTERS):
                 try:
@@ -463,9 +458,9 @@ class LatentStore:
         return ids
 
 
-def _open_axes(shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, int]:
+def _open_axes(rules: Mapping[str, TensorRule]) -> dict[str, int]:
     """The axis of each tensor that nothing but the files tells: its channels."""
-    return {name: shape.index(None) for name, shape in shapes.items() if None in shape}
+    return {name: rule.shape.index(None) for name, rule in rules.items() if None in rule.shape}
 
 
 def clip_ids_in(shard: str, entries: Iterable[os.DirEntry[str]]) -> list[str]:

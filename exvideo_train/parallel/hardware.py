@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-TERA = 1e12
 GIGA = 1e9
 
 

@@ -280,7 +280,7 @@ def set_aside_later_checkpoints(run_dir: Path, step: int, log: Log) -> None:
     be the newest, and what this run writes would be pruned as old.
     """
     for path in list_checkpoints(run_dir):
-        if int(path.name.removeprefix("step_")) > step:
+        if step_of(path) > step:
             aside = path.with_name(f"superseded_{path.name}")
             while aside.exists():
                 aside = aside.with_name(f"{aside.name}_older")
