@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from exvideo_train.config.experiment import LoraConfig
 from exvideo_train.errors import UserError
-from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
+from exvideo_train.extensions.adapter_file import Adapter, read_adapter, write_adapter
 from exvideo_train.extensions.extension import Trained
 from exvideo_train.randomness import generator_for
 
@@ -57,9 +57,7 @@ class LoraExtension:
 
     @classmethod
     def read(cls, path: Path, family: str | None = None) -> Trained:
-        adapter = read_adapter(path, family)
-        extension = cls(adapter.rank, adapter.alpha, adapter.targets)
-        return Trained(extension, adapter.tensors, adapter.provenance)
+        return _as_trained(read_adapter(path, family))
 
     @property
     def shape_options(self) -> tuple[str, ...]:
@@ -76,7 +74,26 @@ class LoraExtension:
         apply_lora(network, self, seed)
 
     def initial(self, family: str) -> Trained | None:
-        return read_initial(self, family) if self.init else None
+        if not self.init:
+            return None
+        path = Path(self.init)
+        adapter = read_adapter(path, family)
+        for name, theirs, ours in (("rank", adapter.rank, self.rank), ("alpha", adapter.alpha, self.alpha)):
+            if theirs != ours:
+                resize = f", or resize the file to rank={ours}" if name == "rank" else ""
+                raise UserError(
+                    f"lora.init={path} has {name} {theirs:g}, the run has lora.{name}={ours:g}: "
+                    f"set lora.{name}={theirs:g}{resize}"
+                )
+        modules = _modules(adapter.tensors)
+        matched = {target: {m for m in modules if f".{m}".endswith(f".{target}")} for target in self.target_modules}
+        if not all(matched.values()) or set(modules).difference(*matched.values()):
+            theirs_targets = dict.fromkeys(_without_block_number(module) for module in sorted(modules))
+            raise UserError(
+                f"lora.init={path} updates {', '.join(theirs_targets)}; the run has lora.targets="
+                f"{', '.join(self.target_modules)}: they must be the same"
+            )
+        return _as_trained(adapter)
 
     def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
         return lora_parameters(network)
@@ -85,7 +102,20 @@ class LoraExtension:
         load_lora_state(network, tensors, source)
 
     def place(self, network: nn.Module, trained: Trained, dtype: torch.dtype, scale: float, source: str) -> None:
-        attach_adapter(network, self, trained, dtype, scale, source)
+        # Which Linears it updates, its tensors say.
+        modules = _modules(trained.tensors)
+        linears = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+        if unknown := sorted(set(modules) - linears):
+            raise UserError(
+                f"adapter={source} does not fit the model: it updates {unknown[0]} (and {len(unknown) - 1} more) that "
+                f"{type(network).__name__} has not; its base model is "
+                f"{trained.provenance.get('base_model', 'not stated')}"
+            )
+        apply_lora(network, LoraExtension(self.rank, self.alpha, modules), seed=0)
+        load_lora_state(network, trained.tensors, f"adapter={source}")
+        cast_lora(network, dtype)
+        set_lora_scale(network, scale)
+        network.requires_grad_(False)
 
     def without(self, network: nn.Module) -> contextlib.AbstractContextManager[None]:
         return lora_disabled(network)
@@ -94,34 +124,14 @@ class LoraExtension:
         write_adapter(path, format, tensors, self.rank, self.alpha, self.target_modules, provenance)
 
 
-def read_initial(lora: LoraExtension, family: str) -> Trained:
-    """The file ``lora.init``, whose rank, alpha and targets must be the run's own.
+def _as_trained(adapter: Adapter) -> Trained:
+    extension = LoraExtension(adapter.rank, adapter.alpha, adapter.targets)
+    return Trained(extension, adapter.tensors, adapter.provenance)
 
-    Raises:
-        UserError: names what the file has and what the run has.
-    """
-    path = Path(lora.init)
-    found = LoraExtension.read(path, family)
-    assert isinstance(found.extension, LoraExtension)
-    for name, theirs, ours in (
-        ("rank", found.extension.rank, lora.rank),
-        ("alpha", found.extension.alpha, lora.alpha),
-    ):
-        if theirs != ours:
-            raise UserError(
-                f"lora.init={path} has {name} {theirs:g}, the run has lora.{name}={ours:g}: set lora.{name}={theirs:g}"
-                + (f", or resize the file to rank={ours}" if name == "rank" else "")
-            )
-    modules = {name.rsplit(".lora_", 1)[0] for name in found.tensors}
-    matched = {target: {m for m in modules if f".{m}".endswith(f".{target}")} for target in lora.target_modules}
-    lacking = [target for target, of_target in matched.items() if not of_target]
-    if lacking or modules.difference(*matched.values()):
-        theirs_targets = dict.fromkeys(_without_block_number(module) for module in sorted(modules))
-        raise UserError(
-            f"lora.init={path} updates {', '.join(theirs_targets)}; the run has lora.targets="
-            f"{', '.join(lora.target_modules)}: they must be the same"
-        )
-    return found
+
+def _modules(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The modules that tensors update, once each, in order."""
+    return tuple(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in tensors))
 
 
 def apply_lora(backbone: nn.Module, lora: LoraExtension, seed: int) -> nn.Module:
@@ -270,30 +280,3 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
-
-
-def attach_adapter(
-    backbone: nn.Module, lora: LoraExtension, trained: Trained, dtype: torch.dtype, scale: float, source: str
-) -> None:
-    """Put a finished adapter on a backbone for sampling, in ``dtype``, unmerged and not trainable.
-
-    Args:
-        lora: the adapter's; which Linears it updates, its tensors say.
-        scale: strength; 1 is as trained.
-        source: the adapter's file, for the message.
-
-    Raises:
-        UserError: the adapter is of another model.
-    """
-    modules = tuple(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in trained.tensors))
-    linears = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
-    if unknown := sorted(set(modules) - linears):
-        raise UserError(
-            f"adapter={source} does not fit the model: it updates {unknown[0]} (and {len(unknown) - 1} more) that "
-            f"{type(backbone).__name__} has not; its base model is {trained.provenance.get('base_model', 'not stated')}"
-        )
-    apply_lora(backbone, LoraExtension(lora.rank, lora.alpha, modules), seed=0)
-    load_lora_state(backbone, trained.tensors, f"adapter={source}")
-    cast_lora(backbone, dtype)
-    set_lora_scale(backbone, scale)
-    backbone.requires_grad_(False)
