@@ -5,21 +5,28 @@ SQLite holds it: a lookup needs no memory, and a kill at any moment loses at mos
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from exvideo_train.clips.container import split_video
+from exvideo_train.clips.container import PASSING_REASONS, split_video
+from exvideo_train.clips.workers import Failure, parallel_map
 from exvideo_train.errors import UserError
 
 _COMMIT_SECONDS = 2.0
 _TABLE = "CREATE TABLE found (key TEXT PRIMARY KEY, stamp TEXT, content TEXT)"
 
+Task = TypeVar("Task")
 Found = TypeVar("Found")
+Companion = TypeVar("Companion")
 
 
 def file_stamp(video: str) -> str:
@@ -102,3 +109,47 @@ class Journal:
                 raise self._user_error(failure) from None
         finally:
             self._connection.close()
+
+
+def journaled_map(
+    function: Callable[[Task], Found],
+    entries: Iterable[tuple[Companion, str, str, Task | None]],
+    journal_path: Path,
+    read: Callable[[str], Found],
+    num_workers: int,
+    timeout_seconds: float,
+    **options: int,
+) -> Iterator[tuple[Companion, Found | Failure | None]]:
+    """`parallel_map` over what no earlier run has found out, in the order of the entries.
+
+    Args:
+        function: gives a dataclass, which is noted as JSON unless its `reason` is one that passes.
+        entries: (what belongs to it, key in the journal, video, task) each; without a task there is nothing to find.
+        read: what `function` gave, from that JSON.
+        num_workers, timeout_seconds, options: see `parallel_map`.
+
+    Yields:
+        (what belongs to an entry, what was found or why nothing was).
+    """
+    waiting: deque[tuple[Companion, str, str, Found | None]] = deque()
+    with Journal(journal_path) as journal:
+
+        def tasks() -> Iterator[Task | None]:
+            for companion, key, video, task in entries:
+                stamp = file_stamp(video)
+                known = None if task is None else journal.get(key, stamp, read)
+                waiting.append((companion, key, stamp, known))
+                # No task costs nothing, and keeps the order of what is known already.
+                yield None if known is not None else task
+
+        results = parallel_map(partial(_if_any, function), tasks(), num_workers, timeout_seconds, **options)
+        for task, found in results:
+            companion, key, stamp, known = waiting.popleft()
+            if found is not None and getattr(found, "reason", "") not in PASSING_REASONS:
+                journal.put(key, stamp, json.dumps(dataclasses.asdict(found)))  # type: ignore[arg-type]
+            yield companion, known if task is None else found
+
+
+def _if_any(function: Callable[[Task], Found], task: Task | None) -> Found | None:
+    """One worker's task."""
+    return None if task is None else function(task)

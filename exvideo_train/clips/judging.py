@@ -6,19 +6,19 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from exvideo_train.clips.container import PASSING_REASONS, Reason, UnreadableClip, VideoInfo, open_bytes, probe_video
+from exvideo_train.clips.container import Reason, UnreadableClip, VideoInfo, open_bytes, probe_video
 from exvideo_train.clips.decoders.timing import TIME_TOLERANCE_SECONDS
-from exvideo_train.clips.journal import Journal, file_stamp
+from exvideo_train.clips.journal import journaled_map
+from exvideo_train.clips.probing import with_info
 from exvideo_train.clips.quality import ClipMeasures, bars_in_crop, measure_clip
 from exvideo_train.clips.record import ClipRecord, read_manifest
-from exvideo_train.clips.workers import Failure, parallel_map
+from exvideo_train.clips.workers import Failure
 from exvideo_train.config.clips import FilterThresholds
 from exvideo_train.geometry import Geometry
 
@@ -81,35 +81,37 @@ class _Finding:
 
 def judge_clips(manifest: Path, journal_file: Path, options: FilterOptions) -> Iterator[Judged]:
     """Every clip of the manifest with its measures and all reasons against it, in the manifest's order."""
-    total = _count_lines(manifest)
-    waiting: deque[tuple[ClipRecord, list[str], str, str, _Finding | None]] = deque()
-    with Journal(journal_file) as journal:
+    results = journaled_map(
+        _analyse,
+        _to_analyse(manifest, options),
+        journal_file,
+        _finding_from,
+        options.num_workers,
+        options.timeout_seconds,
+        tasks_per_worker=200,
+        ahead_per_worker=64,
+    )
+    bar = tqdm(results, "judging clips", _count_lines(manifest), unit="clip", disable=not options.progress)
+    for (record, reasons), found in bar:
+        if found is None:
+            yield Judged(record, reasons)
+        elif isinstance(found, Failure):
+            yield Judged(record, [found.reason], found.detail)
+        else:
+            yield judge(record, found, options)
 
-        def tasks() -> Iterator[tuple[str, float, float | None, float, float] | None]:
-            for record in read_manifest(manifest):
-                reasons = reasons_from_metadata(record, options)
-                task = (record.video, record.start_seconds, record.end_seconds, *_needed_seconds(options))
-                key = f"{_MEASURES_VERSION} {task}"
-                stamp = file_stamp(record.video)
-                known = None if reasons else journal.get(key, stamp, _finding_from)
-                waiting.append((record, reasons, key, stamp, known))
-                yield None if reasons or known else task
 
-        results = parallel_map(
-            _analyse, tasks(), options.num_workers, options.timeout_seconds, tasks_per_worker=200, ahead_per_worker=64
-        )
-        bar = tqdm(results, "judging clips", total, unit="clip", disable=not options.progress)
-        for task, result in bar:
-            record, reasons, key, stamp, finding = waiting.popleft()
-            if task is not None:
-                if isinstance(result, Failure):
-                    finding = _Finding(reason=result.reason, detail=result.detail)
-                else:
-                    assert result is not None
-                    finding = result
-                if finding.reason not in PASSING_REASONS:
-                    journal.put(key, stamp, json.dumps(dataclasses.asdict(finding)))
-            yield Judged(record, reasons) if finding is None else judge(record, finding, options)
+_Task = tuple[str, float, float | None, float, float]
+
+
+def _to_analyse(
+    manifest: Path, options: FilterOptions
+) -> Iterator[tuple[tuple[ClipRecord, list[str]], str, str, _Task | None]]:
+    """Clips with the reasons against them that need no look, key in the journal, video, and task if one is needed."""
+    for record in read_manifest(manifest):
+        reasons = reasons_from_metadata(record, options)
+        task = (record.video, record.start_seconds, record.end_seconds, *_needed_seconds(options))
+        yield (record, reasons), f"{_MEASURES_VERSION} {task}", record.video, None if reasons else task
 
 
 def _count_lines(manifest: Path) -> int:
@@ -135,10 +137,8 @@ def _needed_seconds(options: FilterOptions) -> tuple[float, float]:
     return (geometry.num_frames - 1) / fastest, geometry.duration_seconds
 
 
-def _analyse(task: tuple[str, float, float | None, float, float] | None) -> _Finding | None:
+def _analyse(task: _Task) -> _Finding:
     """One worker's task: probe, and measure the frames that training would use if there are enough."""
-    if task is None:
-        return None
     video, start, end, least_seconds, most_seconds = task
     info = None
     try:
@@ -198,25 +198,13 @@ def judge(record: ClipRecord, finding: _Finding, options: FilterOptions) -> Judg
     if finding.reason:
         return Judged(record, [finding.reason], finding.detail)
     assert finding.info is not None
-    record = _with_info(record, finding.info)
+    record = with_info(record, finding.info)
     reasons = [] if record.duration_seconds is None else _duration_reasons(record.duration_seconds, options)
     record, fps_reasons = _with_sampling_rate(record, options)
     reasons += fps_reasons + _shape_reasons(record, options)
     if finding.measures is not None:
         reasons += _picture_reasons(record, finding.measures, options)
     return Judged(record, reasons, "", finding.measures, finding.digest)
-
-
-def _with_info(record: ClipRecord, info: VideoInfo) -> ClipRecord:
-    ends = [moment for moment in (record.end_seconds, info.duration_seconds) if moment is not None]
-    return dataclasses.replace(
-        record,
-        fps=round(info.fps, 6) or None,
-        width=info.width,
-        height=info.height,
-        duration_seconds=round(min(ends) - record.start_seconds, 6) if ends else None,
-        codec=info.codec,
-    )
 
 
 def _with_sampling_rate(record: ClipRecord, options: FilterOptions) -> tuple[ClipRecord, list[str]]:

@@ -21,7 +21,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from exvideo_train.clips.container import Reason, VideoInfo
-from exvideo_train.clips.probing import probe_videos
+from exvideo_train.clips.probing import probe_videos, with_info
 from exvideo_train.clips.record import ClipRecord, parse_record
 from exvideo_train.clips.sorting import ClipRow, SortedRows, clip_row
 from exvideo_train.clips.sources.base import KEPT_REASONS, Dropped, RawRows, Source
@@ -221,7 +221,9 @@ def _probed(
     for texts, found in probe_videos(groups, journal_path, options.num_workers, options.timeout_seconds):
         for text in texts:
             record = parse_record(text, Path("/"), 0)
-            result = found if isinstance(found, Failure) else _with_info(record, found, may_be_cut and len(texts) == 1)
+            result = (
+                found if isinstance(found, Failure) else _probed_record(record, found, may_be_cut and len(texts) == 1)
+            )
             if isinstance(result, Failure):
                 report.dropped[result.reason] += 1
                 drops.write(_drop_line(_dropped(record, result.reason, result.detail)))
@@ -229,7 +231,7 @@ def _probed(
                 yield record.video.encode("utf-8", "surrogatepass"), result.to_json()
 
 
-def _with_info(record: ClipRecord, info: VideoInfo, may_be_cut: bool) -> ClipRecord | Failure:
+def _probed_record(record: ClipRecord, info: VideoInfo, may_be_cut: bool) -> ClipRecord | Failure:
     length = info.duration_seconds
     start, end = record.start_seconds, record.end_seconds
     if length is not None and end is not None and end > length + _SPAN_TOLERANCE_SECONDS:
@@ -239,17 +241,7 @@ def _with_info(record: ClipRecord, info: VideoInfo, may_be_cut: bool) -> ClipRec
             return Failure(Reason.SPAN_PAST_END.value, f"span {start:.3f}..{end:.3f} s of a video of {length:.3f} s")
     if length is not None and start >= length:
         return Failure(Reason.SPAN_PAST_END.value, f"start {start:.3f} s of a video of {length:.3f} s")
-    duration = length if end is None else end if length is None else min(end, length)
-    return dataclasses.replace(
-        record,
-        start_seconds=start,
-        end_seconds=end,
-        fps=round(info.fps, 6) or None,
-        width=info.width,
-        height=info.height,
-        duration_seconds=None if duration is None else round(duration - start, 6),
-        codec=info.codec,
-    )
+    return with_info(dataclasses.replace(record, start_seconds=start, end_seconds=end), info)
 
 
 def _write_clips(path: Path, lines: Iterable[tuple[bytes, str]], report: ManifestReport) -> None:

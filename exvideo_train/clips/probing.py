@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from exvideo_train.clips.container import PASSING_REASONS, UnreadableClip, VideoInfo, probe_video
-from exvideo_train.clips.journal import Journal, file_stamp
-from exvideo_train.clips.workers import Failure, parallel_map
+from exvideo_train.clips.container import UnreadableClip, VideoInfo, probe_video
+from exvideo_train.clips.journal import journaled_map
+from exvideo_train.clips.record import ClipRecord
+from exvideo_train.clips.workers import Failure
 
 Companion = TypeVar("Companion")
 
@@ -30,32 +30,14 @@ def probe_videos(
     Yields:
         (what belongs to the video, what was found or why nothing was).
     """
-    waiting: deque[tuple[Companion, str, VideoInfo | Failure | None]] = deque()
-    with Journal(journal_path) as journal:
-
-        def tasks() -> Iterator[str]:
-            for video, companion in videos:
-                stamp = file_stamp(video)
-                known = journal.get(video, stamp, _from_text)
-                waiting.append((companion, stamp, known))
-                # An empty name is a task that costs nothing: it keeps the order of what is known already.
-                yield "" if known is not None else video
-
-        for video, found in parallel_map(_probe, tasks(), num_workers, timeout_seconds):
-            companion, stamp, known = waiting.popleft()
-            if known is not None:
-                yield companion, known
-                continue
-            assert found is not None
-            if not (isinstance(found, Failure) and found.reason in PASSING_REASONS):
-                journal.put(video, stamp, json.dumps(dataclasses.asdict(found)))
-            yield companion, found
+    entries = ((companion, video, video, video) for video, companion in videos)
+    for companion, found in journaled_map(_probe, entries, journal_path, _from_text, num_workers, timeout_seconds):
+        assert found is not None
+        yield companion, found
 
 
-def _probe(video: str) -> VideoInfo | Failure | None:
+def _probe(video: str) -> VideoInfo | Failure:
     """One worker's task."""
-    if not video:
-        return None
     try:
         return probe_video(video)
     except UnreadableClip as error:
@@ -65,3 +47,16 @@ def _probe(video: str) -> VideoInfo | Failure | None:
 def _from_text(text: str) -> VideoInfo | Failure:
     content = json.loads(text)
     return Failure(**content) if "reason" in content else VideoInfo(**content)
+
+
+def with_info(record: ClipRecord, info: VideoInfo) -> ClipRecord:
+    """The record with what probing found; a span that reaches beyond the video ends with it."""
+    ends = [moment for moment in (record.end_seconds, info.duration_seconds) if moment is not None]
+    return dataclasses.replace(
+        record,
+        fps=round(info.fps, 6) or None,
+        width=info.width,
+        height=info.height,
+        duration_seconds=round(min(ends) - record.start_seconds, 6) if ends else None,
+        codec=info.codec,
+    )

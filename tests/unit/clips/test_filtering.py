@@ -154,7 +154,7 @@ def test_other_thresholds_decode_nothing_again(clips, tmp_path, monkeypatch):
             assert task is None
             yield None, None
 
-    monkeypatch.setattr("exvideo_train.clips.judging.parallel_map", no_tasks)
+    monkeypatch.setattr("exvideo_train.clips.journal.parallel_map", no_tasks)
     loose = replace(OPTIONS, thresholds=FilterThresholds(max_cuts=9, max_frozen_share=1.0, near_duplicate_distance=-1))
     captions = " ".join(record.caption for record in _kept(clips, output, loose))
     assert "scene_cut" in captions
