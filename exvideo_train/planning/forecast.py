@@ -193,14 +193,6 @@ def forecast(config: Plan, model: Model, device_name: str | None = None) -> Fore
         accumulation_steps=config.optim.accumulation_steps,
         reduce_bucket=reduce_bucket(config),
     )
-    memory = step_memory(
-        optimizer_memory(sharding),
-        forward_peak=trace.forward_peak_bytes,
-        kept=trace.kept_bytes,
-        backward_peak=trace.backward_peak_bytes,
-        workspace=attention_workspace(model, work, size),
-        batch=batch_bytes(work),
-    )
     fp32 = work.compute_dtype == torch.float32
     return Forecast(
         device=device,
@@ -211,7 +203,7 @@ def forecast(config: Plan, model: Model, device_name: str | None = None) -> Fore
         num_tokens=model.num_tokens(work.geometry),
         trained=trained,
         trace=trace,
-        memory=memory,
+        memory=memory_of(model, work, size, sharding),
         time=step_time(trace, sharding, device, _links(config, device), config.parallel.sequence, fp32),
         samples_per_step=work.batch_size * config.optim.accumulation_steps * config.gpus // config.parallel.sequence,
         max_steps=config.max_steps,
@@ -240,7 +232,20 @@ def _work(config: Plan, model: Model, geometry: Geometry) -> Work:
     )
 
 
-def attention_workspace(model: Model, work: Work, size: Sizes) -> int:
+def memory_of(model: Model, work: Work, size: Sizes, sharding: Sharding) -> StepMemory:
+    """A rank's memory in a step: the trace's activations, and what the optimizer holds."""
+    trace = trace_step(work)
+    return step_memory(
+        optimizer_memory(sharding),
+        forward_peak=trace.forward_peak_bytes,
+        kept=trace.kept_bytes,
+        backward_peak=trace.backward_peak_bytes,
+        workspace=_attention_workspace(model, work, size),
+        batch=_batch_bytes(work),
+    )
+
+
+def _attention_workspace(model: Model, work: Work, size: Sizes) -> int:
     """What a fused attention's backward pass takes for itself: the queries' gradient and a sum a row, in fp32.
 
     FlashAttention-2 adds the gradient up in fp32 over blocks of keys (``dq_accum`` in csrc/flash_attn/flash_api.cpp).
@@ -251,7 +256,7 @@ def attention_workspace(model: Model, work: Work, size: Sizes) -> int:
     return int(FP32_BYTES * tokens * (size.num_heads // work.sequence_size) * (size.head_dim + 1))
 
 
-def batch_bytes(work: Work) -> int:
+def _batch_bytes(work: Work) -> int:
     """Noisy latents, target and conditions of a micro-step."""
     shapes = input_shapes(work.family, work.config, work.geometry, work.batch_size)
     latents = math.prod(shapes.latents)

@@ -13,9 +13,9 @@ import torch
 
 from exvideo_train.config.experiment import Recompute
 from exvideo_train.config.plan import Plan
-from exvideo_train.planning.forecast import Model, attention_workspace, batch_bytes, extension_of, reduce_bucket, sizes
-from exvideo_train.planning.memory import FP32_BYTES, Sharding, StepMemory, optimizer_memory, step_memory
-from exvideo_train.planning.trace import TracedKernel, Work, trace_step
+from exvideo_train.planning.forecast import Model, extension_of, memory_of, reduce_bucket, sizes
+from exvideo_train.planning.memory import FP32_BYTES, Sharding, StepMemory
+from exvideo_train.planning.trace import TracedKernel, Work
 
 # T5-v1.1-XXL's encoder and CogVideoX's VAE, in parameters; tests count them on the meta device.
 TEXT_ENCODER_PARAMETERS = 4_762_310_656
@@ -95,17 +95,8 @@ def _row(config: Plan, model: Model, taken: Measures, title: str) -> MeasuresRow
     sharding = Sharding(
         trained, frozen_bytes, config.gpus, stage=2 if taken.zero2 else 0, reduce_bucket=reduce_bucket(config)
     )
-    trace = trace_step(work)
-    memory = step_memory(
-        optimizer_memory(sharding),
-        trace.forward_peak_bytes,
-        trace.kept_bytes,
-        trace.backward_peak_bytes,
-        attention_workspace(model, work, size),
-        batch_bytes(work),
-    )
     encoders = 0
     if not taken.encoders_offline:
         number_bytes = half.itemsize if taken.mixed_precision else FP32_BYTES
         encoders = number_bytes * (TEXT_ENCODER_PARAMETERS + VAE_PARAMETERS)
-    return MeasuresRow(title, memory, encoders)
+    return MeasuresRow(title, memory_of(model, work, size, sharding), encoders)
