@@ -24,7 +24,7 @@ from exvideo_train.errors import UserError
 from exvideo_train.export import find_trained, from_checkpoint
 from exvideo_train.extensions import adapter_math
 from exvideo_train.extensions.adapter_file import Adapter, read_adapter, write_adapter
-from exvideo_train.extensions.adapter_math import Measured, modules_of, norms
+from exvideo_train.extensions.adapter_math import Measured, norms
 from exvideo_train.extensions.adapter_names import BLOCK
 from exvideo_train.extensions.lora import LoraExtension
 from exvideo_train.extensions.merge import merge
@@ -69,11 +69,10 @@ def read_source(source: str, options: AdapterOptions) -> Adapter:
 def inspect(config: AdapterInspect) -> None:
     """Print rank, alpha, targets, where it comes from, and how large its updates are, block by block."""
     adapter = read_source(config.adapter, config)
-    modules = modules_of(adapter)
     num_numbers = sum(tensor.numel() for tensor in adapter.tensors.values())
     print(f"{config.adapter}: LoRA rank {adapter.rank}, alpha {adapter.alpha:g}, {num_numbers:,} numbers")
     targets = dict.fromkeys(BLOCK.sub("{n}", target) for target in adapter.targets)
-    print(f"targets, {len(modules)} Linears: {', '.join(targets)}")
+    print(f"targets, {len(adapter.modules)} Linears: {', '.join(targets)}")
     for name, value in sorted(adapter.provenance.items()):
         print(f"  {name}: {value}")
     if not adapter.provenance:
@@ -149,7 +148,7 @@ def merge_into(config: AdapterMerge) -> None:
     model_path = resolve_model_path(config.model_path, config.model_revision, parts)
     family = backbone_family(model_path)
     folder = merge(adapter, family, model_path, Path(config.output), config.strength)
-    print(f"{folder}: bf16, {len(modules_of(adapter))} updates at strength {config.strength:g}")
+    print(f"{folder}: bf16, {len(adapter.modules)} updates at strength {config.strength:g}")
 
 
 def _write(output: str, format: str, adapter: Adapter, sources: Sequence[str]) -> None:

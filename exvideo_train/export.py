@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ def find_trained(run_dir: Path, weights: Weights, step: int | None) -> tuple[Tra
         raise UserError(f"run_dir={run_dir}: no such folder; name the run_dir of launch/train.py")
     checkpoints = {step_of(path): path for path in list_checkpoints(run_dir)}
     final = run_dir / FINAL_ADAPTERS[weights]
-    final_step = _final_step(final) if final.exists() else None
+    final_step = int(_provenance(final).get("steps", 0)) if final.exists() else None
     if step is not None and step != final_step:
         if step not in checkpoints:
             steps = sorted({*checkpoints, *([final_step] if final_step is not None else [])})
@@ -116,14 +115,11 @@ def find_trained(run_dir: Path, weights: Weights, step: int | None) -> tuple[Tra
 
 
 def _from_file(path: Path) -> tuple[Trained, Path]:
-    metadata: Mapping[str, str] = read_safetensors_header(path).get("__metadata__", {})
-    name = read_provenance(metadata, str(path)).get("family", FIRST_FAMILY)
-    return family_named(name, path).extension().read(path), path
+    return family_named(_provenance(path).get("family", FIRST_FAMILY), path).extension().read(path), path
 
 
-def _final_step(path: Path) -> int:
-    metadata: Mapping[str, str] = read_safetensors_header(path).get("__metadata__", {})
-    return int(read_provenance(metadata, str(path)).get("steps", 0))
+def _provenance(path: Path) -> dict[str, Any]:
+    return read_provenance(read_safetensors_header(path).get("__metadata__", {}), str(path))
 
 
 def from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> tuple[Trained, Path]:

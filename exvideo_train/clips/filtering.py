@@ -185,7 +185,6 @@ def _to_text(judged: Judged) -> str:
 
 def _from_text(line: str) -> Judged:
     content = json.loads(line)
-    measures = content["measures"]
-    if measures is not None:
-        content["measures"] = ClipMeasures(**{**measures, "bars": tuple(measures["bars"])})
+    if content["measures"] is not None:
+        content["measures"] = ClipMeasures.from_json(content["measures"])
     return Judged(**{**content, "record": parse_record(content["record"], Path("/"), 0)})

@@ -125,8 +125,7 @@ def _finding_from(text: str) -> _Finding:
     if content["info"] is not None:
         content["info"] = VideoInfo(**content["info"])
     if content["measures"] is not None:
-        content["measures"]["bars"] = tuple(content["measures"]["bars"])
-        content["measures"] = ClipMeasures(**content["measures"])
+        content["measures"] = ClipMeasures.from_json(content["measures"])
     return _Finding(**content)
 
 

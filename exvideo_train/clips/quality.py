@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,11 @@ class ClipMeasures:
     black_share: float
     bars: tuple[float, float, float, float]
     hash_hex: str
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> ClipMeasures:
+        """From the fields as JSON has them, which knows no tuples."""
+        return cls(**{**content, "bars": tuple(content["bars"])})
 
     def num_cuts(self, threshold: float, least_change: float) -> int:
         """Hard cuts and dissolves at these thresholds."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from exvideo_train.errors import UserError
 from exvideo_train.extensions import peft_config
-from exvideo_train.extensions.adapter_names import FORMATS, STATES_ALPHA, listed, names_in, our_names
+from exvideo_train.extensions.adapter_names import FORMATS, STATES_ALPHA, listed, modules_of, names_in, our_names
 from exvideo_train.extensions.peft_config import check_alpha, read_json_object, read_lora_config, write_lora_config
 from exvideo_train.extensions.provenance import check_provenance
 from exvideo_train.files import (
@@ -61,6 +61,11 @@ class Adapter:
     alpha: float
     targets: tuple[str, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> list[str]:
+        """The updated modules, in the file's order."""
+        return modules_of(self.tensors)
 
 
 def write_adapter(

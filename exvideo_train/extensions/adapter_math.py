@@ -41,11 +41,6 @@ class Measured(NamedTuple):
     error: float
 
 
-def modules_of(adapter: Adapter) -> list[str]:
-    """The updated modules, in the file's order."""
-    return list(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in adapter.tensors))
-
-
 def update_of(adapter: Adapter, module: str) -> Update:
     """A module's update, scale included."""
     up, down = (adapter.tensors[f"{module}.{half}.weight"].double() for half in ("lora_B", "lora_A"))
@@ -60,7 +55,7 @@ def weighted_sum(updates: Sequence[Update], shares: Sequence[float]) -> Update:
 
 def norms(adapter: Adapter) -> dict[str, float]:
     """Frobenius norm of each module's update."""
-    return {module: update_of(adapter, module).norm() for module in modules_of(adapter)}
+    return {module: update_of(adapter, module).norm() for module in adapter.modules}
 
 
 def differences(adapter: Adapter, other: Adapter) -> Measured:
@@ -70,8 +65,8 @@ def differences(adapter: Adapter, other: Adapter) -> Measured:
         UserError: they are of models of different shapes.
     """
     errors, squares = {}, [0.0, 0.0]
-    ours, theirs = set(modules_of(adapter)), set(modules_of(other))
-    for module in [*modules_of(adapter), *(name for name in modules_of(other) if name not in ours)]:
+    ours, theirs = set(adapter.modules), set(other.modules)
+    for module in [*adapter.modules, *(name for name in other.modules if name not in ours)]:
         own = update_of(adapter, module).norm() if module in ours else 0.0
         if module in ours and module in theirs:
             pair = [update_of(adapter, module), update_of(other, module)]
@@ -93,7 +88,7 @@ def average_updates(adapters: Sequence[Adapter], shares: Sequence[float], rank: 
     _check_alike(adapters)
     tensors: dict[str, Tensor] = {}
     squares_by_module = {}
-    for module in modules_of(adapters[0]):
+    for module in adapters[0].modules:
         updates = [update_of(adapter, module) for adapter in adapters]
         _check_equal_sizes(module, updates)
         up, down, squares_by_module[module] = _truncated(weighted_sum(updates, shares), rank, module)
@@ -123,7 +118,7 @@ def average_factors(adapters: Sequence[Adapter], shares: Sequence[float]) -> Mea
     }
     made = Adapter(tensors, first.rank, first.alpha, first.targets, _common_provenance(adapters))
     squares = {}
-    for module in modules_of(made):
+    for module in made.modules:
         wanted = weighted_sum([update_of(adapter, module) for adapter in adapters], shares)
         apart = weighted_sum([wanted, update_of(made, module)], [1.0, -1.0])
         squares[module] = (apart.norm() ** 2, wanted.norm() ** 2)
@@ -140,7 +135,7 @@ def resized(adapter: Adapter, rank: int) -> Measured:
     """The nearest adapter of a smaller rank, by SVD; or the same update with room for more, which training can fill."""
     tensors: dict[str, Tensor] = {}
     squares = {}
-    for module in modules_of(adapter):
+    for module in adapter.modules:
         up, down = (adapter.tensors[f"{module}.{half}.weight"] for half in ("lora_B", "lora_A"))
         if rank >= adapter.rank:
             pair = _padded(up, down, rank, module)
@@ -195,7 +190,7 @@ def _check_alike(adapters: Sequence[Adapter]) -> None:
     if len(families) > 1:
         raise UserError(f"adapters=: they are of different families, {', '.join(sorted(families))}; give those of one")
     for adapter in adapters[1:]:
-        if odd := sorted(set(modules_of(adapters[0])) ^ set(modules_of(adapter))):
+        if odd := sorted(set(adapters[0].modules) ^ set(adapter.modules)):
             raise UserError(f"adapters=: not all of them update {listed(odd)}; give adapters of the same targets")
 
 

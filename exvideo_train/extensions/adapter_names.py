@@ -121,6 +121,11 @@ def _published_module(module: str, published: Mapping[str, str], flat: Mapping[s
     return renamed and renamed.format(n="".join(_FLAT_BLOCK.findall(rest)))
 
 
+def modules_of(tensors: Iterable[str]) -> list[str]:
+    """The modules that tensors of our names update, once each, in order."""
+    return list(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in tensors))
+
+
 def listed(names: list[str]) -> str:
     """Some names for a message and how many more there are, those that differ by their numbers alone once."""
     kinds = {re.sub(r"\d+", "0", name): name for name in reversed(names)}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from exvideo_train.config.experiment import LoraConfig
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import Adapter, read_adapter, write_adapter
+from exvideo_train.extensions.adapter_names import modules_of
 from exvideo_train.extensions.extension import Trained
 from exvideo_train.randomness import generator_for
 
@@ -85,7 +86,7 @@ class LoraExtension:
                     f"lora.init={path} has {name} {theirs:g}, the run has lora.{name}={ours:g}: "
                     f"set lora.{name}={theirs:g}{resize}"
                 )
-        modules = _modules(adapter.tensors)
+        modules = adapter.modules
         matched = {target: {m for m in modules if f".{m}".endswith(f".{target}")} for target in self.target_modules}
         if not all(matched.values()) or set(modules).difference(*matched.values()):
             theirs_targets = dict.fromkeys(_without_block_number(module) for module in sorted(modules))
@@ -103,7 +104,7 @@ class LoraExtension:
 
     def place(self, network: nn.Module, trained: Trained, dtype: torch.dtype, scale: float, source: str) -> None:
         # Which Linears it updates, its tensors say.
-        modules = _modules(trained.tensors)
+        modules = modules_of(trained.tensors)
         linears = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
         if unknown := sorted(set(modules) - linears):
             raise UserError(
@@ -111,7 +112,7 @@ class LoraExtension:
                 f"{type(network).__name__} has not; its base model is "
                 f"{trained.provenance.get('base_model', 'not stated')}"
             )
-        apply_lora(network, LoraExtension(self.rank, self.alpha, modules), seed=0)
+        apply_lora(network, LoraExtension(self.rank, self.alpha, tuple(modules)), seed=0)
         load_lora_state(network, trained.tensors, f"adapter={source}")
         cast_lora(network, dtype)
         set_lora_scale(network, scale)
@@ -127,11 +128,6 @@ class LoraExtension:
 def _as_trained(adapter: Adapter) -> Trained:
     extension = LoraExtension(adapter.rank, adapter.alpha, adapter.targets)
     return Trained(extension, adapter.tensors, adapter.provenance)
-
-
-def _modules(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The modules that tensors update, once each, in order."""
-    return tuple(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in tensors))
 
 
 def apply_lora(backbone: nn.Module, lora: LoraExtension, seed: int) -> nn.Module:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import Adapter
-from exvideo_train.extensions.adapter_math import modules_of
 from exvideo_train.extensions.adapter_names import listed
 from exvideo_train.files import atomic_stream_safetensors, atomic_write_json, read_safetensors_header
 from exvideo_train.models.component import check_tensors, locate_tensors, read_tensors
@@ -75,7 +74,7 @@ def merge(adapter: Adapter, family: Family[object], model_path: Path, output: Pa
 def _check_fit(adapter: Adapter, shapes: dict[str, tuple[int, ...]], model_path: Path) -> None:
     tensors = adapter.tensors
     sizes = {
-        m: (tensors[f"{m}.lora_B.weight"].shape[0], tensors[f"{m}.lora_A.weight"].shape[1]) for m in modules_of(adapter)
+        m: (tensors[f"{m}.lora_B.weight"].shape[0], tensors[f"{m}.lora_A.weight"].shape[1]) for m in adapter.modules
     }
     if misfits := [module for module, size in sizes.items() if shapes.get(f"{module}.weight") != size]:
         raise UserError(
