@@ -42,8 +42,9 @@ from exvideo_train.latents.encode_report import (
     write_report,
 )
 from exvideo_train.latents.local_engine import EncodersDied, LocalEngine
+from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.settings import EncodeSettings, resolve_settings
-from exvideo_train.latents.store import LatentStore, Quarantine
+from exvideo_train.latents.store import LatentStore
 from exvideo_train.latents.untrusted import folders_below, hold_store, refuse_links
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from pathlib import Path
 from exvideo_train.clips.record import ClipRecord, read_manifest
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import CorruptLatent, IndexEntry, MissingLatent, UnusableLatent, entry_of
+from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.settings import EncodeSettings
-from exvideo_train.latents.store import LatentStore, Quarantine
+from exvideo_train.latents.store import LatentStore
 from exvideo_train.latents.untrusted import is_folder, list_folder, set_aside
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from exvideo_train.files import atomic_write_json, atomic_write_text, parse_json, read_regular, short
 from exvideo_train.latents.encode_plan import EncodePlan
-from exvideo_train.latents.store import Quarantine
+from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.untrusted import COUNT, Kind, check_fields, exists_inside
 
 LOG_SECONDS = 30.0

@@ -26,9 +26,10 @@ from exvideo_train.files import atomic_write_bytes, create_marker
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.decode import DecodeWorker
 from exvideo_train.latents.encode_report import Totals
-from exvideo_train.latents.local_engine import ClipEncoder, not_finite
+from exvideo_train.latents.encoder import ClipEncoder, not_finite
+from exvideo_train.latents.quarantine import Quarantine, is_settled, quarantine_clip
 from exvideo_train.latents.settings import EncodeSettings
-from exvideo_train.latents.store import LatentStore, Quarantine, is_settled, quarantine_clip
+from exvideo_train.latents.store import LatentStore
 
 if TYPE_CHECKING:
     from torch import Tensor

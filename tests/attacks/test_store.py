@@ -24,7 +24,8 @@ from support.attacks import Attack, Ending, attacks, check_ending, dropped, held
 
 from exvideo_train.errors import UserError
 from exvideo_train.latents.encode_report import totals_from_json
-from exvideo_train.latents.store import LatentStore, Quarantine
+from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.store import LatentStore
 from exvideo_train.models.cogvideox.encoding import read_normalisation
 from exvideo_train.models.normalisation import Normalisation
 from exvideo_train.training.job import _check_channels

@@ -34,7 +34,8 @@ from exvideo_train.latents.clip_file import MissingLatent, UnreadableLatent
 from exvideo_train.latents.encode import refuse_linked_store
 from exvideo_train.latents.encode_plan import EncodePlan, make_plan, set_damaged_aside, write_index
 from exvideo_train.latents.inspection import describe_stats, verify_store
-from exvideo_train.latents.store import LatentStore, Quarantine, quarantine_clip
+from exvideo_train.latents.quarantine import Quarantine, quarantine_clip
+from exvideo_train.latents.store import LatentStore
 
 # -- files that cannot be read: nothing is known of them, so nothing is done to them ------------------------------
 

@@ -10,8 +10,9 @@ from support.videos import clip_of, make_video
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents import ray_engine
 from exvideo_train.latents.fingerprint import Fingerprint
+from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.ray_engine import RayEngine
-from exvideo_train.latents.store import LatentStore, Quarantine
+from exvideo_train.latents.store import LatentStore
 from exvideo_train.models.normalisation import Normalisation
 
 GEOMETRY = Geometry(9, 64, 96, 25)

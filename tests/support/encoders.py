@@ -10,7 +10,7 @@ import torch
 
 from exvideo_train.clips.workers import exit_with_parent
 from exvideo_train.latents.encode_report import Totals
-from exvideo_train.latents.local_engine import dealt_records
+from exvideo_train.latents.encoder import dealt_records
 from exvideo_train.latents.ray_engine import EncodeActor
 from exvideo_train.latents.settings import EncodeSettings
 from exvideo_train.models.cogvideox.family import GRID

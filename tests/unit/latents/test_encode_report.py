@@ -7,7 +7,7 @@ import pytest
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.encode_plan import EncodePlan
 from exvideo_train.latents.encode_report import Totals, earlier_refusals, make_report, totals_from_json, totals_to_json
-from exvideo_train.latents.store import Quarantine
+from exvideo_train.latents.quarantine import Quarantine
 
 
 def totals_of(num_encoded, loop_seconds, wait_seconds):

@@ -12,9 +12,11 @@ from exvideo_train.clips.record import ClipRecord, make_clip_id
 from exvideo_train.errors import UserError
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents import local_engine
+from exvideo_train.latents.encoder import ClipEncoder, EncodeLoop, not_finite
 from exvideo_train.latents.fingerprint import model_fingerprint
-from exvideo_train.latents.local_engine import ClipEncoder, ClipQueue, EncodeLoop, LocalEngine, not_finite
-from exvideo_train.latents.store import LatentStore, Quarantine
+from exvideo_train.latents.local_engine import ClipQueue, LocalEngine
+from exvideo_train.latents.quarantine import Quarantine
+from exvideo_train.latents.store import LatentStore
 from exvideo_train.models.cogvideox.encoding import read_normalisation
 from tests.unit.latents.conftest import GEOMETRY
 
