@@ -10,6 +10,15 @@ from omegaconf import MISSING
 from exvideo_train.config.experiment import BoardsConfig
 from exvideo_train.config.options import Options, Range
 
+VBENCH_DIMENSIONS = [
+    "subject_consistency",
+    "background_consistency",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+]
+
 
 @dataclass
 class Evaluate(Options):
@@ -42,6 +51,21 @@ class Evaluate(Options):
     """Frames of the base model's own videos, marked in the report's scrubber; 0 marks none."""
     frames_a_latent: Annotated[int, Range(1)] = 4
     """Video frames of one latent frame after the first, which stands alone; for the scrubber's words."""
+    clip: str | None = None
+    """CLIP model and tokenizer, a folder or a name on the hub (safetensors): measures how frames agree with the prompt
+    and with each other."""
+    dino: str | None = None
+    """ViT trained by DINO (VBench's is facebook/dino-vitb16), or a Dinov2, a folder or a name on the hub (safetensors):
+    measures how steady the subject is."""
+    device: str = "auto"
+    """Of clip and dino; auto takes the first GPU, else the CPU."""
+    vbench_python: str | None = None
+    """Python of an environment that has the package vbench and a CUDA device: its own measures come into the table."""
+    vbench_dimensions: list[str] = field(default_factory=lambda: list(VBENCH_DIMENSIONS))
+    """Which of them; overall_consistency (needs prompts) and temporal_flickering (for still scenes) are not by
+    default."""
+    vbench_timeout_minutes: Annotated[float, Range(above=0)] = 240.0
+    """Minutes that VBench may take for one dimension of one variant."""
     num_workers: Annotated[int, Range(0)] = 0
     """Processes that measure; 0 takes one for each core."""
     timeout_seconds: Annotated[float, Range(above=0)] = 600.0

@@ -6,7 +6,7 @@ What each sees and misses stands in docs/evaluation.md. Axis letters: F frames, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -180,6 +180,15 @@ def no_repeat(track: Track, repeat_seconds: float) -> float | None:
     return None if distance is None else float(distance > _REPEAT_THRESHOLD)
 
 
+def consistency(features_FD: np.ndarray) -> float | None:
+    """VBench's consistency: each frame's cosine to the first and to the one before, negative ones as 0, their mean."""
+    if len(features_FD) < 2:
+        return None
+    to_first = (features_FD[1:] @ features_FD[0]).clip(min=0)
+    to_before = (features_FD[1:] * features_FD[:-1]).sum(axis=1).clip(min=0)
+    return float((to_first + to_before).mean()) / 2
+
+
 def _detail(
     name: str, titles: tuple[str, str, str], unit: str, source: str, values: Callable[[Track], np.ndarray]
 ) -> list[Measure]:
@@ -201,8 +210,51 @@ def _drift(name: str, title: str, unit: str, values: Callable[[Track], np.ndarra
     return Measure(f"{name}_drift", f"drift of {title}", unit, Better.lower, "FramePack", lambda t: drift(values(t)))
 
 
+def network_measures(with_clip: bool, with_dino: bool) -> list[Measure]:
+    """Those of networks that the user names."""
+    higher, cosine = Better.higher, "cosine, 0 to 1"
+    clip = [
+        Measure(
+            "text_agreement",
+            "agreement of frames with the prompt (CLIP)",
+            "cosine, -1 to 1",
+            higher,
+            "VBench",
+            lambda t: float(t.text_F.mean()) if len(t.text_F) else None,
+        ),
+        Measure(
+            "background_consistency",
+            "consistency of the whole picture (CLIP)",
+            cosine,
+            higher,
+            "VBench",
+            lambda t: consistency(t.clip_FD),
+        ),
+    ]
+    dino = Measure(
+        "subject_consistency",
+        "consistency of the subject (DINO)",
+        cosine,
+        higher,
+        "VBench",
+        lambda t: consistency(t.dino_FD),
+    )
+    return [*(clip if with_clip else []), *([dino] if with_dino else [])]
+
+
+def given_measures(program: str, better_by_name: Mapping[str, str]) -> list[Measure]:
+    """Numbers that another program makes, as it gives them."""
+
+    def measure(name: str, better: str) -> Measure:
+        full = f"{program.lower()}_{name}"
+        title = f"{program}: {name.replace('_', ' ')}"
+        return Measure(full, title, "its own", Better(better), program, lambda t: t.given.get(full))
+
+    return [measure(name, better) for name, better in better_by_name.items()]
+
+
 def make_measures(repeat_seconds: float) -> list[Measure]:
-    """All measures, in the order of the report."""
+    """Those that need no network, in the order of the report."""
     higher, lower, neither = Better.higher, Better.lower, Better.neither
     levels, share = "levels, 0 to 255", "share, 0 to 1"
     sharpness = ("sharpness", "sharpness kept", "slope of sharpness")

@@ -90,7 +90,7 @@ def _verdicts(evaluation: Evaluation) -> Iterable[str]:
         yield "</tbody></table></div>"
         missing = [by_name[name].title for name in by_name if name not in {entry.measure for entry in comparisons}]
         if missing:
-            yield f"<p>Not measured, as no pair of videos is long enough for it: {_text(', '.join(missing))}.</p>"
+            yield f"<p>Not measured, as no pair is long enough or has what it takes: {_text(', '.join(missing))}.</p>"
     yield (
         f"<p>{len(evaluation.measures)} measures are tested, each by itself: of twenty that do not differ, one is "
         f"expected to look as if it did. All numbers are in <code>{RESULTS}</code> beside this page.</p>"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,10 +18,11 @@ from exvideo_train.clips.workers import Failure, Worker, map_by, num_cores
 from exvideo_train.config.evaluation import Evaluate
 from exvideo_train.errors import UserError
 from exvideo_train.evaluation.folders import VideoFile, find_videos, pair_videos
-from exvideo_train.evaluation.measures import Measure, make_measures, measure_track
+from exvideo_train.evaluation.measures import Measure, given_measures, make_measures, measure_track, network_measures
 from exvideo_train.evaluation.reading import Reading, read_frames
 from exvideo_train.evaluation.statistics import NOT_TO_BE_TOLD, Comparison, compare
 from exvideo_train.evaluation.track import SERIES, Track, track_video
+from exvideo_train.evaluation.vbench import DIMENSIONS, check_vbench, run_vbench
 from exvideo_train.files import atomic_write_json, refuse_inputs
 from exvideo_train.terminal import escaped
 
@@ -30,6 +31,7 @@ REAL = "real videos"
 _TASKS_PER_PROCESS = 200
 # Rates are counted from rounded timestamps.
 _SAME_FPS = 0.02
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -119,10 +121,10 @@ def evaluate_folders(options: Evaluate) -> Evaluation:
         for name, folder in options.variants.items()
     }
     pairs, left_out = pair_videos(files)
+    _check_networks(options)
     reading = Reading(options.fps, None, options.max_frames)
     every = [video for pair in pairs.values() for video in pair.values()]
     tracks = measure_videos(every, reading, options, left_out)
-    measures = make_measures(options.repeat_seconds)
     measured: dict[str, dict[str, Measured]] = {}
     for name, pair in pairs.items():
         whole = {variant: Measured(file, tracks[file.path]) for variant, file in pair.items() if file.path in tracks}
@@ -137,6 +139,9 @@ def evaluate_folders(options: Evaluate) -> Evaluation:
     if not measured:
         raise UserError("no pair of videos can be compared:\n  " + "\n  ".join(left_out))
     reference = _reference(options, next(iter(next(iter(measured.values())).values())).track, left_out)
+    if options.vbench_python is not None:
+        _add_vbench(options, measured, reference, left_out)
+    measures = all_measures(options)
     for video in [*reference, *(video for pair in measured.values() for video in pair.values())]:
         video.values = measure_track(video.track, measures)
     comparisons = {
@@ -147,25 +152,91 @@ def evaluate_folders(options: Evaluate) -> Evaluation:
     return Evaluation(options, measures, measured, reference, comparisons, left_out)
 
 
+def all_measures(options: Evaluate) -> list[Measure]:
+    """In the order of the report; those of networks and of VBench where they are asked for."""
+    vbench = {name: DIMENSIONS[name] for name in options.vbench_dimensions} if options.vbench_python else {}
+    networks = network_measures(options.clip is not None, options.dino is not None)
+    return [*make_measures(options.repeat_seconds), *networks, *given_measures("VBench", vbench)]
+
+
+def _check_networks(options: Evaluate) -> None:
+    """A mistake in a name must not cost the hour that measuring takes."""
+    if options.vbench_python is not None:
+        check_vbench(options.vbench_python, options.vbench_dimensions)
+    if options.clip is not None or options.dino is not None:
+        from exvideo_train.evaluation.embedding import load_networks
+
+        load_networks(options.clip, options.dino, options.device)
+
+
 def measure_videos(
     files: Iterable[VideoFile], reading: Reading, options: Evaluate, left_out: list[str]
 ) -> dict[Path, Track]:
     """Tracks by path, in processes that a foreign video may kill; one that cannot be read costs itself, and is told."""
-    paths = list(dict.fromkeys(file.path for file in files))
-    num_workers = min(options.num_workers or num_cores(), len(paths))
-    measure = partial(_measure_one, reading=reading, high_band=options.high_band)
-
-    def make_worker() -> Worker[Path, Track | Failure]:
-        return Worker(measure, options.timeout_seconds, _TASKS_PER_PROCESS, prepare=bound_memory)
-
+    files = list(files)
     tracks = {}
-    for number, (path, track) in enumerate(map_by(make_worker, Worker.__call__, paths, num_workers, num_workers)):
-        print(f"{number + 1} of {len(paths)} videos measured: {path}", flush=True)
-        if isinstance(track, Failure):
-            left_out.append(track.detail if str(path) in track.detail else f"{path}: {track.reason}, {track.detail}")
-        else:
-            tracks[path] = track
+    measure = partial(_measure_one, reading=reading, high_band=options.high_band)
+    paths = list(dict.fromkeys(file.path for file in files))
+    for path, track in _in_workers(measure, paths, options.num_workers or num_cores(), "measured", options, left_out):
+        tracks[path] = track
+    if options.clip is not None or options.dino is not None:
+        _embed({file.path: file.prompt for file in files if file.path in tracks}, tracks, reading, options, left_out)
     return tracks
+
+
+def _in_workers(
+    function: Callable[[Path], Result | Failure],
+    paths: list[Path],
+    num_workers: int,
+    done: str,
+    options: Evaluate,
+    left_out: list[str],
+) -> Iterator[tuple[Path, Result]]:
+    """Results by path, one after another; what fails is told in ``left_out``."""
+    num_workers = min(num_workers, len(paths))
+
+    def make_worker() -> Worker[Path, Result]:
+        return Worker(function, options.timeout_seconds, _TASKS_PER_PROCESS, prepare=bound_memory)  # type: ignore[arg-type]
+
+    for number, (path, result) in enumerate(map_by(make_worker, Worker.__call__, paths, num_workers, num_workers)):
+        print(f"{number + 1} of {len(paths)} videos {done}: {path}", flush=True)
+        if isinstance(result, Failure):
+            left_out.append(
+                result.detail if str(path) in result.detail else f"{path}: {result.reason}, {result.detail}"
+            )
+        else:
+            yield path, result
+
+
+def _embed(
+    prompts: Mapping[Path, str], tracks: dict[Path, Track], reading: Reading, options: Evaluate, left_out: list[str]
+) -> None:
+    """Add to the tracks what networks see. Workers decode, and the networks stay here, on their device."""
+    from exvideo_train.evaluation.embedding import load_networks, prepare_video
+
+    networks = load_networks(options.clip, options.dino, options.device)
+    prepare = partial(prepare_video, reading=reading, clip_side=networks.clip_side, with_dino=options.dino is not None)
+    # One at a time: a video's frames are held while they are embedded.
+    for path, prepared in _in_workers(prepare, list(prompts), 1, "shown to networks", options, left_out):
+        clip_FD, dino_FD = networks.embed(prepared)
+        text_F = clip_FD @ networks.embed_text(prompts[path]) if prompts[path] and len(clip_FD) else np.empty(0)
+        tracks[path] = replace(tracks[path], clip_FD=clip_FD, dino_FD=dino_FD, text_F=text_F)
+
+
+def _add_vbench(
+    options: Evaluate, pairs: Mapping[str, dict[str, Measured]], reference: list[Measured], left_out: list[str]
+) -> None:
+    assert options.vbench_python is not None
+    groups = [[pair[variant] for pair in pairs.values()] for variant in options.variants]
+    for videos in (*groups, *([reference] if reference else [])):
+        files = list({video.file.path: video.file for video in videos}.values())
+        found, failed = run_vbench(
+            options.vbench_python, options.vbench_dimensions, files, options.vbench_timeout_minutes
+        )
+        left_out += failed
+        for video in videos:
+            given = {f"vbench_{name}": value for name, value in found[video.file.path].items()}
+            video.track = replace(video.track, given=given)
 
 
 def _measure_one(path: Path, reading: Reading, high_band: float) -> Track | Failure:

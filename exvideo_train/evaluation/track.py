@@ -6,8 +6,8 @@ Axis letters: F frames, H height, W width, C colour channel. Frames are uint8 RG
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cv2
@@ -46,6 +46,9 @@ class Track:
         roughness: how much of the flow changes from one pair of frames to the next, 0..1.
         thumbs_FHWC: float32 averages of blocks, levels 0..255.
         shown: (seconds, JPEG) of some frames, spread evenly, the first and the last among them.
+        clip_FD, dino_FD: unit vectors of what CLIP and DINO see; (0, 0) where they were not asked.
+        text_F: cosine of each of CLIP's vectors to that of the prompt; (0,) where there is none.
+        given: numbers that another program made of the whole file, by the measure's name.
     """
 
     seconds: np.ndarray
@@ -61,6 +64,10 @@ class Track:
     roughness: np.ndarray
     thumbs_FHWC: np.ndarray
     shown: tuple[tuple[float, bytes], ...]
+    clip_FD: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    dino_FD: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    text_F: np.ndarray = field(default_factory=lambda: np.empty(0))
+    given: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_frames(self) -> int:
