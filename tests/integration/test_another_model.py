@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import av
@@ -132,12 +133,29 @@ def test_its_plan(road: Path) -> None:
     assert json.loads(plan.read_text())["devices"]["h100"]["trace"]["forward_flops"] == forward
 
 
+def refusal(road: Path, command: str, *options: str) -> str:
+    """What a command says that ends for a mistake of its user."""
+    arguments = [sys.executable, str(WITH_FLIPBOOK), f"exvideo_train.{command}", *experiment(road), *options]
+    done = subprocess.run(arguments, cwd=road, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stdout + done.stderr
+    return done.stderr
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
     [("num_frames=1", "2 frames or more"), ("height=60", "height=60"), ("parallel.sequence=2", "no attention")],
 )
 def test_what_it_cannot_take_is_named(road: Path, option: str, words: str) -> None:
-    arguments = [sys.executable, str(WITH_FLIPBOOK), "exvideo_train.plan", *experiment(road), "gpus=2", option]
-    done = subprocess.run(arguments, cwd=road, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert words in done.stderr
+    assert words in refusal(road, "plan", "gpus=2", option)
+
+
+@pytest.mark.parametrize("end", [0, -40], ids=["empty", "cut off"])
+def test_a_broken_picture_is_named(road: Path, end: int) -> None:
+    whole = BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)).save(whole, "PNG")
+    path, output = road / "broken.png", road / "of_broken"
+    path.write_bytes(whole.getvalue()[:end])
+    said = refusal(road, "sample", f"image={path}", f"output={output}", "num_inference_steps=1")
+    assert f"image={path}: cannot be read as a picture" in said
+    assert "name a PNG or JPEG file" in said
+    assert not output.exists()
