@@ -12,6 +12,7 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -53,7 +54,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._committed = time.monotonic()
-        try:
+        with self._told():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path)
             # The journal is a saving, not a record: a lost tail is found out again, so no wait for the disk.
@@ -65,6 +66,11 @@ class Journal:
                 raise self._user_error(f"a database of another program or version ({', '.join(sorted(tables))})")
             if not tables:
                 self._connection.execute(_TABLE)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
         except (sqlite3.Error, OSError) as error:
             raise self._user_error(error) from None
 
@@ -77,23 +83,20 @@ class Journal:
         Raises:
             UserError: the journal is damaged, or `read` raises an error that says so.
         """
-        try:
+        with self._told():
             row = self._connection.execute("SELECT stamp, content FROM found WHERE key = ?", (_as_key(key),)).fetchone()
+        try:
             return read(row[1]) if row and row[0] == stamp else None
-        except sqlite3.Error as error:
-            raise self._user_error(error) from None
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise self._user_error(f"what it holds about {key!r} cannot be read ({error})") from None
 
     def put(self, key: str, stamp: str, content: str) -> None:
         """Note a text."""
-        try:
+        with self._told():
             self._connection.execute("INSERT OR REPLACE INTO found VALUES (?, ?, ?)", (_as_key(key), stamp, content))
             if time.monotonic() - self._committed > _COMMIT_SECONDS:
                 self._connection.commit()
                 self._committed = time.monotonic()
-        except sqlite3.Error as error:
-            raise self._user_error(error) from None
 
     def __enter__(self) -> Journal:
         return self

@@ -28,15 +28,18 @@ class AdapterOptions(Options):
 
 
 @dataclass
-class AdapterInspect(AdapterOptions):
+class OneAdapter(AdapterOptions):
     adapter: str = MISSING
     """Adapter file, PEFT's folder, checkpoint or run folder."""
 
 
 @dataclass
-class AdapterConvert(AdapterOptions):
-    adapter: str = MISSING
-    """Adapter file, PEFT's folder, checkpoint or run folder."""
+class AdapterInspect(OneAdapter):
+    pass
+
+
+@dataclass
+class AdapterConvert(OneAdapter):
     output: str = MISSING
     """File to write, ending in .safetensors; adapter_model.safetensors for format=peft."""
     format: AdapterFormat = MISSING
@@ -68,9 +71,7 @@ class AdapterAverage(AdapterOptions):
 
 
 @dataclass
-class AdapterResize(AdapterOptions):
-    adapter: str = MISSING
-    """Adapter file, PEFT's folder, checkpoint or run folder."""
+class AdapterResize(OneAdapter):
     output: str = MISSING
     """File to write, ending in .safetensors."""
     rank: Annotated[int, Range(1, 8192)] = MISSING
@@ -80,9 +81,7 @@ class AdapterResize(AdapterOptions):
 
 
 @dataclass
-class AdapterMerge(AdapterOptions):
-    adapter: str = MISSING
-    """Adapter file, PEFT's folder, checkpoint or run folder."""
+class AdapterMerge(OneAdapter):
     model_path: str = MISSING
     """The base model: a folder in the published layout or a hub id."""
     model_revision: str | None = None

@@ -14,19 +14,15 @@ from exvideo_train.errors import UserError
 from exvideo_train.files import refuse_inputs
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.decode import DecodeOptions
-from exvideo_train.latents.fingerprint import (
-    Fingerprint,
-    model_fingerprint,
-)
+from exvideo_train.latents.fingerprint import Fingerprint, model_fingerprint
 from exvideo_train.models.family import Family
 from exvideo_train.models.hub import resolve_model_path
 from exvideo_train.models.normalisation import Normalisation
 from exvideo_train.models.registry import check_geometries, encoders_family, family_named, likely_family
+from exvideo_train.models.shapes import shapes_of
 
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _HEADER_BYTES = 1024
-
-
 # Many times what the largest geometry takes on a slow GPU; a few CPU cores need half an hour a clip and more.
 ENCODE_TIMEOUT_GPU_SECONDS = 1800.0
 ENCODE_TIMEOUT_CPU_SECONDS = 18_000.0
@@ -73,14 +69,9 @@ class EncodeSettings:
 
     def bytes_per_clip(self) -> int:
         """Size of one latent file."""
-        family, text_length = self.family, self.fingerprint.text_length
-        channels = family.read_stored_channels(self.model_path)
-        stored = family.stored(family.grid.shape_THW(self.geometry), text_length)
-        values = sum(
-            math.prod(channels[name] if axis is None else axis for axis in tensor.shape)
-            for name, tensor in stored.items()
-        )
-        return values * _BYTES[self.options.encoder_dtype.value] + _HEADER_BYTES
+        channels = self.family.read_stored_channels(self.model_path)
+        shapes = shapes_of(self.family, self.geometry, channels, self.fingerprint.text_length)
+        return sum(map(math.prod, shapes.values())) * _BYTES[self.options.encoder_dtype.value] + _HEADER_BYTES
 
 
 def resolve_settings(config: EncodeLatents, num_encoders: int) -> EncodeSettings:

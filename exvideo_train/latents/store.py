@@ -255,12 +255,12 @@ class LatentStore:
             "fingerprint": self.fingerprints[geometry.name].digest(),
             "geometry": geometry.name,
         }
-        if sampling_fps is not None:
-            content["sampling_fps"] = sampling_fps
-        if num_tokens_cut:
-            content["num_tokens_cut"] = num_tokens_cut
-        if decord_refusal is not None:
-            content["decord_refusal"] = decord_refusal
+        notes = {
+            "sampling_fps": sampling_fps,
+            "num_tokens_cut": num_tokens_cut or None,
+            "decord_refusal": decord_refusal,
+        }
+        content |= {name: value for name, value in notes.items() if value is not None}
         data, sha256 = encode_latent_file(tensors, content)
         path = self.clip_path(clip_id, geometry)
         exists_inside(self.path, path.parent)

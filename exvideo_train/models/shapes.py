@@ -5,6 +5,7 @@ Axis letters: B batch, T latent frames, C channel, H height, W width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,14 @@ class InputShapes(NamedTuple):
 
 def stored_shapes(family: Family[Any], config: Any, geometry: Geometry) -> dict[str, tuple[int, ...]]:
     """Of the tensors that are stored of a clip."""
-    channels = family.stored_channels(config)
-    stored = family.stored(family.grid.shape_THW(geometry), family.text_length(config))
+    return shapes_of(family, geometry, family.stored_channels(config), family.text_length(config))
+
+
+def shapes_of(
+    family: Family[Any], geometry: Geometry, channels: Mapping[str, int], text_length: int | None
+) -> dict[str, tuple[int, ...]]:
+    """The same by the channels of each tensor and the text length, wherever they are known from."""
+    stored = family.stored(family.grid.shape_THW(geometry), text_length)
     return {
         name: tuple(channels[name] if axis is None else axis for axis in tensor.shape)
         for name, tensor in stored.items()

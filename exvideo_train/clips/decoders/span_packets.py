@@ -6,7 +6,6 @@ holds nothing that the span does not need.
 
 from __future__ import annotations
 
-import errno
 import io
 import math
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from exvideo_train.clips.container import (
     Reason,
     UnreadableClip,
+    damaged,
     is_untagged_hd,
     open_video,
     shown_seconds,
@@ -196,8 +196,7 @@ def _demux(
             if packet.size:
                 yield packet
     except (av.FFmpegError, OSError) as error:
-        damaged = getattr(error, "errno", None) not in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-        raise UnreadableClip(Reason.CORRUPT if damaged else Reason.READ_ERROR, f"{video}: {error}") from None
+        raise damaged(video, error) from None
 
 
 def _shown_order(video: str, decoded: list[float]) -> list[int]:
