@@ -37,11 +37,12 @@ from exvideo_train.parallel.engine import TrainingEngine
 from exvideo_train.parallel.hardware import device_peak_flops
 from exvideo_train.parallel.mesh import Mesh, check_equal_weights
 from exvideo_train.parallel.parallelize import compute_dtype, parallelize
-from exvideo_train.training.checkpoint import Checkpoint, check_same_run, find_checkpoint
+from exvideo_train.training.checkpoint import Checkpoint
 from exvideo_train.training.dataset import LatentDataset, MicroBatchPositions, TrainingBatch, collate
 from exvideo_train.training.flops import step_flops
 from exvideo_train.training.interruption import obey_only_the_parent, stop_signals_held
 from exvideo_train.training.order import SampleOrder, samples_within_budget, split_held_out
+from exvideo_train.training.resume import check_same_run, find_checkpoint
 from exvideo_train.training.validation import Validator
 
 Log = Callable[[str], None]

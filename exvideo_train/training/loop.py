@@ -21,7 +21,7 @@ from exvideo_train.locks import hold
 from exvideo_train.models.noise_levels import denoising_loss
 from exvideo_train.parallel.mesh import Mesh, init_mesh
 from exvideo_train.randomness import generator_for
-from exvideo_train.training.checkpoint import CheckpointWriter, TrainingState, set_aside_later_checkpoints
+from exvideo_train.training.checkpoint import CheckpointWriter, TrainingState
 from exvideo_train.training.curves import draw_curves
 from exvideo_train.training.dataset import TrainingBatch
 from exvideo_train.training.interruption import RESUME_STATUS, Interruption
@@ -35,6 +35,7 @@ from exvideo_train.training.job import (
 from exvideo_train.training.learning_rate import learning_rate
 from exvideo_train.training.loggers import RunLogger, read_metrics
 from exvideo_train.training.meters import SpeedMeter
+from exvideo_train.training.resume import set_aside_later_checkpoints
 from exvideo_train.training.sample_measures import SampleMeasures
 from exvideo_train.training.samples import SampleProcess, environment
 from exvideo_train.training.watchdog import Watchdog

@@ -28,15 +28,14 @@ from exvideo_train.training import job
 from exvideo_train.training.checkpoint import (
     CheckpointWriter,
     TrainingState,
-    find_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    set_aside_later_checkpoints,
     step_folder,
     write_checkpoint,
 )
 from exvideo_train.training.loggers import RunLogger, read_metrics
 from exvideo_train.training.loop import run_folder_held
+from exvideo_train.training.resume import find_checkpoint, set_aside_later_checkpoints
 
 ALONE = Mesh(0, 1, 1, torch.device("cpu"))
 NAME = "transformer_blocks.0.attn1.to_q"

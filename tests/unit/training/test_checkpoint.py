@@ -14,14 +14,16 @@ from exvideo_train.training.checkpoint import (
     CheckpointWriter,
     CorruptCheckpoint,
     TrainingState,
-    check_same_run,
-    find_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    newest_valid_checkpoint,
-    set_aside_later_checkpoints,
     step_folder,
     write_checkpoint,
+)
+from exvideo_train.training.resume import (
+    check_same_run,
+    find_checkpoint,
+    newest_valid_checkpoint,
+    set_aside_later_checkpoints,
 )
 
 CONFIG = {"seed": 6, "lora": {"rank": 8}, "optim": {"lr": 1e-3}}
