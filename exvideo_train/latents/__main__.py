@@ -10,20 +10,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
+
 from exvideo_train.config.latents import InspectLatents, StoreAction
 from exvideo_train.entry import run_command
 from exvideo_train.errors import UserError
+from exvideo_train.latents.inspection import describe_stats, write_previews
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.latents.untrusted import LINK_REMEDY, UNREADABLE_REMEDY, exists_inside
+from exvideo_train.latents.verification import verify_store
+from exvideo_train.models.hub import resolve_model_path
 
 
 def inspect_latents(config: InspectLatents) -> None:
     """Run the command; what is not repaired, or cannot be, ends it with status 1."""
     store = LatentStore.open(config.latents)
     if config.action is StoreAction.stats:
-        from exvideo_train.latents import inspection
-
-        print(inspection.describe_stats(store, config.num_clips or 200))
+        print(describe_stats(store, config.num_clips or 200))
     elif config.action is StoreAction.preview:
         _preview(config, store)
     else:
@@ -31,8 +34,6 @@ def inspect_latents(config: InspectLatents) -> None:
 
 
 def _verify(config: InspectLatents, store: LatentStore) -> None:
-    from exvideo_train.latents.inspection import verify_store
-
     found = verify_store(store, config.repair, config.num_workers)
     print(found.describe())
     if found.is_clean:
@@ -51,11 +52,6 @@ def _verify(config: InspectLatents, store: LatentStore) -> None:
 
 
 def _preview(config: InspectLatents, store: LatentStore) -> None:
-    import torch
-
-    from exvideo_train.latents import inspection
-    from exvideo_train.models.hub import resolve_model_path
-
     if not config.model_path:
         raise UserError("model_path is not given: preview needs the model that encoded the store")
     device = config.device
@@ -65,7 +61,7 @@ def _preview(config: InspectLatents, store: LatentStore) -> None:
     if not config.output:
         exists_inside(store.path, folder)
     model_path = resolve_model_path(config.model_path, None, ("vae",))
-    for path in inspection.write_previews(store, model_path, device, config.num_clips or 4, folder):
+    for path in write_previews(store, model_path, device, config.num_clips or 4, folder):
         print(path)
 
 

@@ -15,8 +15,9 @@ from support.attacked_store import (
 from support.attacks import Attack, attacks, check_ending, dropped
 
 from exvideo_train.errors import UserError
-from exvideo_train.latents.inspection import describe_stats, verify_store
+from exvideo_train.latents.inspection import describe_stats
 from exvideo_train.latents.store import LatentStore
+from exvideo_train.latents.verification import verify_store
 
 
 def entry_line(**changes: Any) -> bytes:

@@ -33,9 +33,10 @@ from exvideo_train.errors import UserError
 from exvideo_train.latents.clip_file import MissingLatent, UnreadableLatent
 from exvideo_train.latents.encode import refuse_linked_store
 from exvideo_train.latents.encode_plan import EncodePlan, make_plan, set_damaged_aside, write_index
-from exvideo_train.latents.inspection import describe_stats, verify_store
+from exvideo_train.latents.inspection import describe_stats
 from exvideo_train.latents.quarantine import Quarantine, quarantine_clip
 from exvideo_train.latents.store import LatentStore
+from exvideo_train.latents.verification import verify_store
 
 # -- files that cannot be read: nothing is known of them, so nothing is done to them ------------------------------
 

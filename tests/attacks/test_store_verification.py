@@ -22,8 +22,8 @@ from support.attacked_store import (
 from support.attacks import Attack, attacks, check_ending, dropped, held
 
 from exvideo_train.latents.clip_file import METADATA_KEY, CorruptLatent
-from exvideo_train.latents.inspection import verify_store
 from exvideo_train.latents.store import LatentStore
+from exvideo_train.latents.verification import verify_store
 from exvideo_train.training.dataset import LatentDataset
 from exvideo_train.training.order import SampleOrder
 

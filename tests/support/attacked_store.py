@@ -10,8 +10,8 @@ import torch
 from exvideo_train.clips.record import ClipRecord, make_clip_id
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.fingerprint import Fingerprint
-from exvideo_train.latents.inspection import StoreFindings
 from exvideo_train.latents.store import LatentStore
+from exvideo_train.latents.verification import StoreFindings
 from exvideo_train.models.normalisation import Normalisation
 
 GEOMETRY = Geometry(9, 32, 48, 8)

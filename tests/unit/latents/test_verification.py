@@ -4,7 +4,7 @@ import pytest
 
 from exvideo_train.latents.clip_file import UnusableLatent
 from exvideo_train.latents.encode_plan import set_damaged_aside
-from exvideo_train.latents.inspection import verify_store
+from exvideo_train.latents.verification import verify_store
 from tests.unit.latents.conftest import GEOMETRY
 
 
