@@ -7,10 +7,11 @@ import torch
 from diffusers import CogVideoXPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file
+from support.updates import randomise_b
 
 from exvideo_train.config.experiment import LORA_TARGETS
 from exvideo_train.extensions.adapter_file import write_adapter
-from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_layers, lora_parameters, lora_state
+from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_layers, lora_state
 from exvideo_train.files import read_safetensors_header
 from exvideo_train.models.registry import load_backbone
 
@@ -23,12 +24,7 @@ def load_ours(model_path):
 
 
 def train(model):
-    """Stand in for training: B becomes something that changes the output visibly."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in lora_parameters(model).items():
-            if "lora_B" in name:
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    randomise_b(model, seed=5, scale=0.05)
     return model
 
 

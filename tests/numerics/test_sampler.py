@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
+from support.updates import randomise_b
 
 from exvideo_train.extensions.adapter_file import write_adapter
-from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_parameters, lora_state
+from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_state
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.registry import load_backbone
 from exvideo_train.models.stages import SamplerSettings
@@ -21,11 +22,7 @@ LIBRARY = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 def adapter_path(tiny_model_5b, tmp_path_factory):
     path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
     model = apply_lora(load_backbone(tiny_model_5b, torch.float32), LoraExtension(RANK, ALPHA, TARGETS), seed=6)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in lora_parameters(model).items():
-            if "lora_B" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    randomise_b(model, seed=5)
     write_adapter(path, "diffusers", lora_state(model), RANK, ALPHA, TARGETS, {})
     return path
 

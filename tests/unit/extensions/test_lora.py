@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
+from support.updates import randomise_b
 from torch import nn
 
 from exvideo_train.config.experiment import LORA_TARGETS, LoraConfig
@@ -53,14 +54,6 @@ def inputs(dtype=torch.float32):
         "timestep": torch.tensor([500]),
         "return_dict": False,
     }
-
-
-def randomise_b(model, seed=2):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in lora_parameters(model).items():
-            if "lora_B" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def test_names_are_the_published_modules(network):
@@ -126,7 +119,7 @@ def test_update_is_alpha_over_rank_b_a(network):
     model = apply_lora(network, SETTINGS, seed=6)
     with torch.no_grad():
         assert torch.equal(model(**inputs())[0], base(**inputs())[0])
-        randomise_b(model)
+        randomise_b(model, seed=2)
         state = lora_state(model)
         for name in {name.rsplit(".lora_", 1)[0] for name in state}:
             delta = state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
@@ -137,7 +130,7 @@ def test_update_is_alpha_over_rank_b_a(network):
 def test_disabled_and_scaled(network):
     base = copy.deepcopy(network)
     model = apply_lora(network, SETTINGS, seed=6)
-    randomise_b(model)
+    randomise_b(model, seed=2)
     with torch.no_grad():
         reference, adapted = base(**inputs())[0], model(**inputs())[0]
         assert (adapted - reference).abs().max() > 1e-3
@@ -173,7 +166,7 @@ def test_half_precision_without_autocast_after_cast(network):
 def test_state_round_trip(network):
     other = copy.deepcopy(network)
     model = apply_lora(network, SETTINGS, seed=6)
-    randomise_b(model)
+    randomise_b(model, seed=2)
     fresh = apply_lora(other, SETTINGS, seed=7)
     load_lora_state(fresh, lora_state(model))
     assert all(torch.equal(lora_state(model)[name], tensor) for name, tensor in lora_state(fresh).items())

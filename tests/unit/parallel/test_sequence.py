@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from support.updates import randomise_b
 from torch import Tensor
 
 from exvideo_train.config.experiment import LORA_TARGETS, Experiment
@@ -44,11 +45,7 @@ def gradients(model: Path, mesh: Mesh, recompute: str) -> tuple[Tensor, dict[str
     config.memory.recompute = type(config.memory.recompute)[recompute]
     backbone = load_backbone(model, torch.float32, torch.device("cpu"))
     apply_lora(backbone, LoraExtension(4, 4.0, tuple(LORA_TARGETS)), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in lora_parameters(backbone).items():
-            if "lora_B" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    randomise_b(backbone)
     backbone.train()
     parallelize(backbone, config.memory, mesh, torch.float32, has_dropout=False)
     sample = torch.Generator().manual_seed(1 + mesh.data_rank)
