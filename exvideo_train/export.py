@@ -14,9 +14,10 @@ from exvideo_train.extensions.extension import Trained
 from exvideo_train.extensions.model_card import CARD, card_of, write_card
 from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.extensions.publish import check_push, push
-from exvideo_train.files import atomic_write_bytes, read_safetensors_header, refuse_inputs
+from exvideo_train.files import atomic_write_bytes, refuse_inputs
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.registry import FIRST_FAMILY, family_named
+from exvideo_train.tensor_files import read_safetensors_header
 from exvideo_train.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, step_folder, step_of
 from exvideo_train.training.loggers import read_metrics
 from exvideo_train.training.resume import newest_valid_checkpoint

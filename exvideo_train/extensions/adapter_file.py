@@ -25,14 +25,9 @@ from exvideo_train.extensions import peft_config
 from exvideo_train.extensions.adapter_names import FORMATS, STATES_ALPHA, listed, modules_of, names_in, our_names
 from exvideo_train.extensions.peft_config import check_alpha, read_json_object, read_lora_config, write_lora_config
 from exvideo_train.extensions.provenance import check_provenance
-from exvideo_train.files import (
-    atomic_save_safetensors,
-    atomic_write_text,
-    read_regular,
-    read_safetensors_header,
-    short,
-)
+from exvideo_train.files import atomic_write_text, read_regular, short
 from exvideo_train.models.registry import FIRST_FAMILY, family_named
+from exvideo_train.tensor_files import atomic_save_safetensors, read_safetensors_header
 
 # Our key in a file's header; diffusers' own is peft_config.METADATA_KEY.
 PROVENANCE = "exvideo_train"

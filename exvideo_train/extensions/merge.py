@@ -13,9 +13,10 @@ from torch import Tensor
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import Adapter
 from exvideo_train.extensions.adapter_names import listed
-from exvideo_train.files import atomic_stream_safetensors, atomic_write_json, read_safetensors_header
+from exvideo_train.files import atomic_write_json
 from exvideo_train.models.component import check_tensors, locate_tensors, read_tensors
 from exvideo_train.models.family import Family
+from exvideo_train.tensor_files import atomic_stream_safetensors, read_safetensors_header
 
 # Of number formats, in the names of files that hold others than the main one.
 _VARIANT = re.compile(r"\.(fp16|bf16|fp32)(?=[-.])")

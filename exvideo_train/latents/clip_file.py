@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exvideo_train.errors import UnreadableFile, UserError
-from exvideo_train.files import open_regular, parse_json, read_regular, read_safetensors_header, short
+from exvideo_train.files import open_regular, parse_json, read_regular, short
 from exvideo_train.latents.untrusted import (
     CLIP_ID,
     COUNT,
@@ -31,6 +31,7 @@ from exvideo_train.latents.untrusted import (
     check_inside,
     exists_inside,
 )
+from exvideo_train.tensor_files import read_safetensors_header
 
 if TYPE_CHECKING:
     from torch import Tensor

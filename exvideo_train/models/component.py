@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from exvideo_train.errors import UserError
-from exvideo_train.files import read_safetensors_header, short
+from exvideo_train.files import short
 from exvideo_train.models.config_file import FETCH, read_config
+from exvideo_train.tensor_files import read_safetensors_header
 
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _LONGEST_FILE_NAME = 255  # of the usual file systems, in bytes

@@ -32,8 +32,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from exvideo_train.errors import UnreadableFile, UserError
-from exvideo_train.files import open_regular, parse_json, read_regular, read_safetensors_header, sha256_file, short
+from exvideo_train.files import open_regular, parse_json, read_regular, sha256_file, short
 from exvideo_train.models.registry import FIRST_FAMILY
+from exvideo_train.tensor_files import read_safetensors_header
 
 FORMAT_VERSION = 1
 STEP_NAME = re.compile(r"step_(\d{8,12})")

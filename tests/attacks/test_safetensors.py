@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support.attacks import Attack, attacks, check_ending, held, refused
 
 from exvideo_train.errors import UnreadableFile, UserError
-from exvideo_train.files import MAX_HEADER_BYTES, read_safetensors_header
+from exvideo_train.tensor_files import MAX_HEADER_BYTES, read_safetensors_header
 
 
 def raw(header: bytes | str, data: int = 0, length: int | None = None) -> bytes:

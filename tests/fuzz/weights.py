@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from safetensors import deserialize
+from safetensors.torch import save_file
 
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
-from exvideo_train.files import atomic_save_safetensors, read_safetensors_header
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.clip_file import UnusableLatent, read_index_lines
 from exvideo_train.latents.fingerprint import Fingerprint
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.models.normalisation import Normalisation
+from exvideo_train.tensor_files import read_safetensors_header
 from exvideo_train.training.checkpoint import TrainingState, load_checkpoint, write_checkpoint
 from exvideo_train.training.loggers import read_metrics
 from fuzz.mutations import Mutator, dumps, plain_copy
@@ -106,7 +107,7 @@ def _file(header: Any, data: bytes) -> bytes:
 def safetensors_header(folder: Path) -> Case:
     path = folder / "x.safetensors"
     tensors = {"a": torch.zeros(2, 3), "b.c": torch.ones(4, dtype=torch.bfloat16), "empty": torch.zeros(0)}
-    atomic_save_safetensors(path, tensors, {"format": "pt", "note": '{"a": [1, 2.5, null]}'})
+    save_file(tensors, path, {"format": "pt", "note": '{"a": [1, 2.5, null]}'})
     whole = TensorFile(path)
 
     def case(mutator: Mutator) -> Rows:

@@ -12,8 +12,8 @@ from support.updates import randomise_b
 from exvideo_train.config.experiment import LORA_TARGETS
 from exvideo_train.extensions.adapter_file import write_adapter
 from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_layers, lora_state
-from exvideo_train.files import read_safetensors_header
 from exvideo_train.models.registry import load_backbone
+from exvideo_train.tensor_files import read_safetensors_header
 
 RANK, ALPHA = 4, 10.0
 SETTINGS = LoraExtension(RANK, ALPHA, tuple(LORA_TARGETS))

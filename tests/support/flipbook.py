@@ -20,12 +20,12 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.extension import Trained
-from exvideo_train.files import atomic_save_safetensors, read_safetensors_header
 from exvideo_train.models.config_file import read_size
 from exvideo_train.models.family import Family, Later, StoredTensor
 from exvideo_train.models.grid import LatentGrid
 from exvideo_train.models.noise_levels import NoiseLevels
 from exvideo_train.models.normalisation import Normalisation
+from exvideo_train.tensor_files import atomic_save_safetensors, read_safetensors_header
 
 GRID = LatentGrid(frame_step=1, min_frames=2, frames_per_latent=1, pixels_per_latent=8, pixels_per_patch=8)
 NORMALISATION = Normalisation((2.0, 2.5, 3.0), (0.5, 0.4, 0.3), sample=False)

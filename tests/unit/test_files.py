@@ -5,7 +5,7 @@ import stat
 import pytest
 import torch
 
-from exvideo_train import files
+from exvideo_train import files, tensor_files
 from exvideo_train.errors import UserError
 
 
@@ -53,8 +53,8 @@ def test_a_full_disk_is_named():
 
 def test_safetensors_header(tmp_path):
     path = tmp_path / "t.safetensors"
-    files.atomic_save_safetensors(path, {"a": torch.arange(6.0).reshape(2, 3)}, {"note": "n"})
-    header = files.read_safetensors_header(path)
+    tensor_files.atomic_save_safetensors(path, {"a": torch.arange(6.0).reshape(2, 3)}, {"note": "n"})
+    header = tensor_files.read_safetensors_header(path)
     assert header["a"]["shape"] == [2, 3]
     assert header["__metadata__"] == {"note": "n"}
 
@@ -62,16 +62,16 @@ def test_safetensors_header(tmp_path):
 @pytest.mark.parametrize("num_bytes", [0, 3, 20, -1])
 def test_a_truncated_safetensors_file_is_named(tmp_path, num_bytes):
     path = tmp_path / "t.safetensors"
-    files.atomic_save_safetensors(path, {"a": torch.arange(6.0)})
+    tensor_files.atomic_save_safetensors(path, {"a": torch.arange(6.0)})
     path.write_bytes(path.read_bytes()[:num_bytes])
     with pytest.raises(UserError, match=r"t\.safetensors is truncated"):
-        files.read_safetensors_header(path)
+        tensor_files.read_safetensors_header(path)
 
 
 def test_not_a_safetensors_file(tmp_path):
     missing = tmp_path / "missing.safetensors"
     with pytest.raises(UserError, match="does not exist"):
-        files.read_safetensors_header(missing)
+        tensor_files.read_safetensors_header(missing)
     other = tmp_path / "other.safetensors"
     for content in (
         b"<html>not found</html>" * 10,
@@ -80,7 +80,7 @@ def test_not_a_safetensors_file(tmp_path):
     ):
         other.write_bytes(content)
         with pytest.raises(UserError, match="not a safetensors file"):
-            files.read_safetensors_header(other)
+            tensor_files.read_safetensors_header(other)
 
 
 def test_sha256(tmp_path):

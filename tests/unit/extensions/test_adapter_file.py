@@ -12,8 +12,8 @@ from exvideo_train.config.experiment import LORA_TARGETS
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import FORMATS, read_adapter, write_adapter
 from exvideo_train.extensions.provenance import make_provenance, source_commit
-from exvideo_train.files import read_safetensors_header
 from exvideo_train.geometry import Geometry
+from exvideo_train.tensor_files import read_safetensors_header
 
 PROVENANCE = make_provenance("zai-org/CogVideoX-5b", "cogvideox", Geometry(129, 480, 720, 8), steps=4000, weights="raw")
 
