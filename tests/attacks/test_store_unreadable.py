@@ -27,6 +27,7 @@ from support.store import settings_for
 from support.without_privilege import file_modes_hold
 
 import exvideo_train.files
+import exvideo_train.tensor_files
 from exvideo_train.clips.record import write_manifest
 from exvideo_train.clips.workers import Failure
 from exvideo_train.errors import UserError
@@ -84,11 +85,14 @@ def disk_error(path: Path) -> Iterator[None]:
             return stream
         return BrokenStream(stream)  # type: ignore[return-value]
 
-    exvideo_train.files.open_regular = open_broken
+    readers = (exvideo_train.files, exvideo_train.tensor_files)
+    for module in readers:
+        module.open_regular = open_broken
     try:
         yield
     finally:
-        exvideo_train.files.open_regular = real
+        for module in readers:
+            module.open_regular = real
 
 
 class BrokenStream:
