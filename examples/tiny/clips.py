@@ -3,9 +3,10 @@
 Every clip is a function of its seed, at any length, size and rate that a model takes: what happens in frame n does not
 depend on how many frames are drawn, so that a clip of 49 frames is the beginning of the clip of 129.
 
-    python examples/tiny/clips.py FOLDER --clips 200 --seconds 16.2
+    python examples/tiny/clips.py FOLDER --clips 200 --seconds 16.2 --flawed 0.2
 
-writes mp4 files and their captions as name.mp4 and name.txt, which ``source=folder`` reads.
+writes FOLDER/videos/clip_SEED.mp4 and FOLDER/metadata.jsonl in InternVid's format, which ``source=internvid`` reads.
+Of the clips that ``--flawed`` asks for, each is too short, has a cut, stands still or goes black: work for the filters.
 
 Axis letters: F video frames, H height, W width, C colour channel.
 """
@@ -13,6 +14,7 @@ Axis letters: F video frames, H height, W width, C colour channel.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from exvideo_train.errors import UserError
 
 Image = NDArray[np.float32]
 
@@ -46,6 +50,11 @@ GROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "snow": ((215, 220, 230), (165, 180, 205)),
 }
 CAMERAS = {"still": 0.0, "left": -1.0, "right": 1.0}
+# Of a clip's end: the share that is black in one that goes black.
+BLACK_SHARE = 0.4
+FLAWS = ("short", "cut", "still", "black")
+# To the seed of what is seen after a cut.
+CUT_TO = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -79,9 +88,14 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """Each word names one property, so that its meaning does not hang on the order of words."""
-        camera = "stands still" if self.camera == "still" else f"moves {self.camera}"
-        return f"a {self.colour} {self.shape} {self.motion} over {self.ground}, the camera {camera}"
+        """What the clip shows, as its metadata say it."""
+        return caption_of(self.colour, self.shape, self.motion, self.ground, self.camera)
+
+
+def caption_of(colour: str, shape: str, motion: str, ground: str, camera: str) -> str:
+    """Each word names one property, so that its meaning does not hang on the order of words."""
+    moves = "stands still" if camera == "still" else f"moves {camera}"
+    return f"a {colour} {shape} {motion} over {ground}, the camera {moves}"
 
 
 def draw_scene(seed: int) -> Scene:
@@ -180,40 +194,99 @@ def _ground(scene: Scene, y: Image, x: Image) -> Image:
     return np.asarray(low * (1 - share) + high * share, np.float32)
 
 
+def draw_flaw(seed: int, share: float) -> str | None:
+    """What is wrong with the clip of a seed, if anything: one of `FLAWS` in ``share`` of all seeds."""
+    rng = np.random.default_rng([20240622, seed])
+    return str(rng.choice(FLAWS)) if rng.random() < share else None
+
+
+def render_flawed(
+    seed: int, flaw: str | None, num_frames: int, height: int = HEIGHT, width: int = WIDTH, fps: float = FPS
+) -> NDArray[np.uint8]:
+    """Frames_FHWC of the clip of a seed with a flaw of `FLAWS`, or none."""
+    scene = draw_scene(seed)
+    if flaw == "short":
+        return render(scene, max(1, num_frames // 3), height, width, fps)
+    if flaw == "still":
+        return np.repeat(render(scene, 1, height, width, fps), num_frames, axis=0)
+    frames_FHWC = render(scene, num_frames, height, width, fps)
+    if flaw == "cut":
+        frames_FHWC[num_frames // 2 :] = render(draw_scene(seed + CUT_TO), num_frames, height, width, fps)[
+            num_frames // 2 :
+        ]
+    elif flaw == "black":
+        frames_FHWC[round((1 - BLACK_SHARE) * num_frames) :] = 0
+    return frames_FHWC
+
+
 def write_clips(
-    folder: Path, seeds: Sequence[int], seconds: float, height: int, width: int, fps: float
-) -> list[tuple[Path, str]]:
-    """Write ``clip_SEED.mp4`` with ``clip_SEED.txt`` for each seed; returns (video, caption) pairs."""
+    folder: Path, seeds: Sequence[int], seconds: float, height: int, width: int, fps: float, flawed: float = 0.0
+) -> Path:
+    """Write ``videos/clip_SEED.mp4`` for each seed and ``metadata.jsonl``, whose path it returns.
+
+    Args:
+        seconds: length of each clip.
+        fps: frames a second of the files.
+        flawed: share of clips that have a flaw.
+    """
     from tqdm import tqdm
 
     from exvideo_train.files import atomic_write_text
     from exvideo_train.sampling.video import write_mp4
 
-    written = []
+    lines = []
     for seed in tqdm(seeds, "writing clips", unit="clip"):
-        scene = draw_scene(seed)
-        path = folder / f"clip_{seed:06d}.mp4"
-        write_mp4(path, render(scene, round(seconds * fps), height, width, fps), fps)
-        atomic_write_text(path.with_suffix(".txt"), scene.caption + "\n")
-        written.append((path, scene.caption))
-    return written
+        name = f"clip_{seed:06d}"
+        frames_FHWC = render_flawed(seed, draw_flaw(seed, flawed), round(seconds * fps), height, width, fps)
+        write_mp4(folder / "videos" / f"{name}.mp4", frames_FHWC, fps)
+        row = {
+            "YoutubeID": name,
+            "Start_timestamp": _timestamp(0),
+            "End_timestamp": _timestamp(len(frames_FHWC) / fps),
+            "Caption": draw_scene(seed).caption,
+            "Aesthetic_Score": 5.0,
+            "UMT_Score": 0.4,
+        }
+        lines.append(json.dumps(row) + "\n")
+    metadata = folder / "metadata.jsonl"
+    atomic_write_text(metadata, "".join(lines))
+    return metadata
+
+
+def _timestamp(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours:02d}:{minutes:02d}:{rest:06.3f}"
 
 
 def main() -> int:
     """Entry of ``python examples/tiny/clips.py``."""
-    parser = argparse.ArgumentParser(description="Write captioned clips: one shape moves over a ground.")
-    parser.add_argument("folder", type=Path, help="where to write name.mp4 and name.txt")
+    parser = argparse.ArgumentParser(
+        description="Write a data set of captioned clips in InternVid's format: one shape moves over a ground.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="where to write videos/ and metadata.jsonl")
     parser.add_argument("--clips", type=int, default=100, help="number of clips")
     parser.add_argument(
         "--seconds", type=float, default=16.2, help="length of each clip; 129 frames at 8 fps need 16.1"
     )
     parser.add_argument("--height", type=int, default=96, help="pixels, even")
     parser.add_argument("--width", type=int, default=128, help="pixels, even")
-    parser.add_argument("--fps", type=float, default=24.0, help="frames a second of the files")
+    parser.add_argument("--fps", type=float, default=16.0, help="frames a second of the files")
     parser.add_argument("--first-seed", type=int, default=0, help="seed of the first clip; each next one's is one more")
+    parser.add_argument(
+        "--flawed", type=float, default=0.0, help="share of clips that are short, cut, still or partly black"
+    )
     options = parser.parse_args()
+    if options.clips < 1 or round(options.seconds * options.fps) < 1 or not 0 <= options.flawed <= 1:
+        parser.error("--clips and --seconds must be positive, --flawed from 0 to 1")
     seeds = range(options.first_seed, options.first_seed + options.clips)
-    write_clips(options.folder, seeds, options.seconds, options.height, options.width, options.fps)
+    size = options.height, options.width
+    try:
+        print(write_clips(options.folder, seeds, options.seconds, *size, options.fps, options.flawed))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -47,15 +48,23 @@ def test_every_word_of_the_captions_is_drawn_and_moves_inside_the_picture(genera
         assert 0 < columns.min() <= columns.max() < 64
 
 
-def test_the_command_writes_what_build_manifest_reads(run_command, tmp_path):
-    words = ["--clips", "3", "--seconds", "2.2", "--height", "48", "--width", "64", "--fps", "16"]
-    run_command([str(REPOSITORY / "examples" / "tiny" / "clips.py"), str(tmp_path / "videos"), *words])
-    manifest = tmp_path / "clips.jsonl"
-    run_command(
-        ["data_prep/build_manifest.py", "source=folder", f"videos={tmp_path / 'videos'}", f"manifest={manifest}"]
-    )
-    records = list(read_manifest(manifest))
-    assert len(records) == 3
-    assert all(record.fps == 16 and record.caption.startswith("a ") for record in records)
-    frames_FHWC = read_frames(records[0], Geometry(17, 48, 64, 8.0))
-    assert frames_FHWC.shape == (17, 48, 64, 3)
+def test_the_command_writes_what_the_filters_are_for(run_command, generator, tmp_path):
+    words = ["--first-seed", "26", "--clips", "12", "--seconds", "2.2", "--fps", "16", "--flawed", "0.4"]
+    run_command([str(REPOSITORY / "examples" / "tiny" / "clips.py"), str(tmp_path), *words])
+    manifest, kept = tmp_path / "clips.jsonl", tmp_path / "kept.jsonl"
+    sources = ["source=internvid", f"metadata={tmp_path / 'metadata.jsonl'}", f"videos={tmp_path / 'videos'}"]
+    run_command(["data_prep/build_manifest.py", *sources, f"manifest={manifest}"])
+    size = ["num_frames=17", "height=48", "width=64", "fps=8"]
+    run_command(["data_prep/filter_clips.py", *size, f"manifest={manifest}", f"output={kept}"])
+
+    flaws = {f"clip_{seed:06d}": generator.draw_flaw(seed, 0.4) for seed in range(26, 38)}
+    assert set(flaws.values()) == {None, *generator.FLAWS}
+    records = list(read_manifest(kept))
+    assert {Path(record.video).stem for record in records} == {name for name, flaw in flaws.items() if flaw is None}
+    reasons = {"short": "too_short", "cut": "scene_cut", "still": "still", "black": "black"}
+    for line in kept.with_suffix(".dropped.jsonl").read_text().splitlines():
+        dropped = json.loads(line)
+        assert reasons[flaws[Path(dropped["video"]).stem]] in dropped["reasons"]
+    assert records[0].fps == 16
+    assert records[0].caption == generator.draw_scene(int(Path(records[0].video).stem[5:])).caption
+    assert read_frames(records[0], Geometry(17, 48, 64, 8.0)).shape == (17, 48, 64, 3)
