@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from exvideo_train.errors import UserError
 
-Image = NDArray[np.float32]
+Image = NDArray[np.floating]
 
 # The canvas on which everything is laid out; other sizes show the same picture at another scale.
 HEIGHT, WIDTH = 48, 64
