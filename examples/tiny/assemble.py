@@ -2,8 +2,8 @@
 
     python examples/tiny/assemble.py sincos FOLDER
 
-In examples/tiny/weights/ the VAE lies once and each DiT in a folder of its own; text encoder and tokenizer are functions
-of a seed and are made anew.
+In examples/tiny/weights/ the VAE lies once and each DiT in a folder of its own; text encoder and tokenizer are
+functions of a seed and are made anew.
 """
 
 from __future__ import annotations
@@ -61,10 +61,8 @@ def assemble(name: str, target: Path, weights: Path = WEIGHTS) -> Path:
     from captions import write_text_encoder
 
     if not (weights / name / "config.json").is_file():
-        known = ", ".join(
-            sorted(path.parent.name for path in weights.glob("*/config.json") if path.parent.name != "vae")
-        )
-        raise UserError(f"name={name}: there are no such weights in {weights}; known are {known or 'none'}")
+        known = sorted({path.parent.name for path in weights.glob("*/config.json")} - {"vae"})
+        raise UserError(f"name={name}: there are no such weights in {weights}; known are {known}")
     if target.exists():
         raise UserError(f"folder={target}: is there already; remove it or name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from clips import draw_scene
 from latents import FIRST_HELD_OUT_SEED, Latents
 from numpy.typing import NDArray
 from torch import nn
+from train_vae import FOLDER
 
 from exvideo_train.errors import UserError
 from exvideo_train.extensions.lora import LoraExtension
@@ -128,9 +128,7 @@ def main() -> int:
         help=f"adapter file, {BASE} for the model itself; may be given again; default {BASE}",
     )
     parser.add_argument("--clips", type=int, default=64, help="held-out clips; default 64")
-    parser.add_argument(
-        "--cache", type=Path, default=Path("tiny_training/latents"), help="where encoded clips are kept"
-    )
+    parser.add_argument("--cache", type=Path, default=FOLDER / "latents", help="where encoded clips are kept")
     parser.add_argument("--csv", type=Path, help="file to write: a line a latent frame, a column a model")
     parser.add_argument("--png", type=Path, help="drawing to write")
     options = parser.parse_args()
@@ -142,28 +140,22 @@ def main() -> int:
     return 0
 
 
-def measure(model: Path, adapters: list[str], options: Any) -> None:
+def measure(model: Path, adapters: list[str], options: argparse.Namespace) -> None:
     """Print the figures of each adapter, and write what is asked for."""
     held_out, levels = HeldOut(model, options.cache, options.clips), noise_levels(model)
     losses = {}
-    print(f"{'':40s} {'loss, 13 latents':>17s} {'0-12 of 33':>11s} {'13-32':>7s}  gap [95 %]")
+    print(f"{'':40s} {'49 frames':>10s} {'129: first 49':>14s} {'beyond':>7s}  gap [95 %]")
     for adapter in adapters:
         network = load_network(model, adapter)
-        short_NT = held_out.losses(network, levels, BASE_LATENTS)
-        losses[adapter] = long_NT = held_out.losses(network, levels, held_out.latents.shape_TCHW[0])
-        gap, low, high = gap_with_interval(long_NT)
-        within, beyond = long_NT[:, :BASE_LATENTS].mean(), long_NT[:, BASE_LATENTS:].mean()
-        print(
-            f"{adapter[-40:]:40s} {short_NT.mean():17.4f} {within:11.4f} {beyond:7.4f}  {gap:.3f} [{low:.3f}, {high:.3f}]",
-            flush=True,
-        )
+        alone = held_out.losses(network, levels, BASE_LATENTS).mean()
+        losses[adapter] = loss_NT = held_out.losses(network, levels, held_out.latents.shape_TCHW[0])
+        within, beyond = loss_NT[:, :BASE_LATENTS].mean(), loss_NT[:, BASE_LATENTS:].mean()
+        gap = "{:.3f} [{:.3f}, {:.3f}]".format(*gap_with_interval(loss_NT))
+        print(f"{adapter[-40:]:40s} {alone:10.4f} {within:14.4f} {beyond:7.4f}  {gap}", flush=True)
     if options.csv:
-        rows = [",".join(["latent_frame", *losses])]
-        columns = [loss_NT.mean(0) for loss_NT in losses.values()]
-        rows += [
-            ",".join([str(frame), *(f"{column[frame]:.5f}" for column in columns)]) for frame in range(len(columns[0]))
-        ]
-        atomic_write_text(options.csv, "\n".join(rows) + "\n")
+        columns = [[f"{loss:.5f}" for loss in loss_NT.mean(0)] for loss_NT in losses.values()]
+        rows = [["latent_frame", *losses], *zip(map(str, range(len(columns[0]))), *columns, strict=True)]
+        atomic_write_text(options.csv, "".join(",".join(row) + "\n" for row in rows))
     if options.png:
         draw_curves(options.png, losses)
 
