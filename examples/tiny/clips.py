@@ -142,13 +142,13 @@ def _between_walls(straight: NDArray[np.float64], low: float, high: float) -> ND
 
 
 def render(
-    scene: Scene, num_frames: int, height: int = HEIGHT, width: int = WIDTH, fps: float = FPS
+    scene: Scene, num_frames: int, height: int = HEIGHT, width: int = WIDTH, fps: float = FPS, first: int = 0
 ) -> NDArray[np.uint8]:
-    """Frames_FHWC, uint8 RGB, of the scene's first ``num_frames / fps`` seconds."""
+    """Frames_FHWC, uint8 RGB, of ``num_frames / fps`` seconds of the scene, from frame ``first`` at `FPS` on."""
     rows = (np.arange(height, dtype=np.float32) + 0.5) * HEIGHT / height
     columns = (np.arange(width, dtype=np.float32) + 0.5) * WIDTH / width
     y, x = np.meshgrid(rows, columns, indexing="ij")
-    times = np.arange(num_frames, dtype=np.float64) * FPS / fps
+    times = first + np.arange(num_frames, dtype=np.float64) * FPS / fps
     centre_rows, centre_columns = positions(scene, times)
     edge = WIDTH / width
     colour = np.array(COLOURS[scene.colour], np.float32)
