@@ -1,6 +1,7 @@
 """Puts a tiny model together in the published folder layout, of what the repository keeps or a training has written.
 
-    python examples/tiny/assemble.py sincos FOLDER
+    python examples/tiny/assemble.py sincos MODEL
+    python examples/tiny/assemble.py sincos tiny_training --keep
 
 In examples/tiny/weights/ the VAE lies once and each DiT in a folder of its own; text encoder and tokenizer are
 functions of a seed and are made anew.
@@ -68,8 +69,10 @@ def assemble(name: str, target: Path, weights: Path = WEIGHTS) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        shutil.copytree(weights / name, staging / "transformer")
-        shutil.copytree(weights / "vae", staging / "vae")
+        for kept, part in ((name, "transformer"), ("vae", "vae")):
+            (staging / part).mkdir()
+            for file in ("config.json", NETWORK_FILE):
+                shutil.copyfile(weights / kept / file, staging / part / file)
         write_text_encoder(staging)
         _write_tables(staging)
         staging.chmod(0o755)
@@ -79,12 +82,16 @@ def assemble(name: str, target: Path, weights: Path = WEIGHTS) -> Path:
     return target
 
 
-def keep(model: Path, name: str, weights: Path = WEIGHTS) -> None:
-    """Take a trained model's VAE and DiT over into the kept weights: what `assemble` is made for."""
-    for part, folder in (("transformer", weights / name), ("vae", weights / "vae")):
-        folder.mkdir(parents=True, exist_ok=True)
+def keep(folder: Path, name: str, weights: Path = WEIGHTS) -> None:
+    """Take what was trained in a folder over into the kept weights, with its curves: what `assemble` is made for."""
+    from curves import write_curve
+
+    model = folder / f"{name}_49"
+    for part, training, target in (("vae", "vae", weights / "vae"), ("transformer", model.name, weights / name)):
+        target.mkdir(parents=True, exist_ok=True)
         for file in ("config.json", NETWORK_FILE):
-            shutil.copyfile(model / part / file, folder / file)
+            shutil.copyfile(model / part / file, target / file)
+        write_curve(folder / f"{training}_training", target)
 
 
 def _write_tables(target: Path) -> None:
@@ -96,8 +103,8 @@ def main() -> int:
     """Entry of ``python examples/tiny/assemble.py``."""
     parser = argparse.ArgumentParser(description="Write a trained tiny model in the published folder layout.")
     parser.add_argument("name", help="sincos or rotary: a folder of examples/tiny/weights")
-    parser.add_argument("folder", type=Path, help="where to write the model; with --keep, where it is read")
-    parser.add_argument("--keep", action="store_true", help="take a trained model's weights over into the repository")
+    parser.add_argument("folder", type=Path, help="where to write the model; with --keep, where it was trained")
+    parser.add_argument("--keep", action="store_true", help="take what was trained, and its curves, over into weights/")
     options = parser.parse_args()
     try:
         if options.keep:
