@@ -126,7 +126,7 @@ def main() -> None:
             folder=training,
             score=lambda network: held_out.summary(network, objective.levels),
             score_steps=options.score_steps,
-            ema_decay=0.9995,
+            ema_decay=0.998,
         )
     write_model(folder, folder / name, model, config)
 
