@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from exvideo_train.errors import UserError
-from exvideo_train.files import atomic_save_safetensors, atomic_write_json
+from exvideo_train.files import atomic_write_json
 from exvideo_train.models.cogvideox import published
+from exvideo_train.tensor_files import atomic_save_safetensors
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 NETWORK_FILE = "diffusion_pytorch_model.safetensors"

@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 from train_vae import clip
 
-from exvideo_train.files import atomic_save_safetensors, sha256_file
+from exvideo_train.files import sha256_file
 from exvideo_train.models.cogvideox.encoder_weights import load_vae
 from exvideo_train.models.cogvideox.encoding import read_normalisation
+from exvideo_train.tensor_files import atomic_save_safetensors
 
 # Seeds of scenes; the VAE's, and those that clips.py gives out from 0 on for an adapter, come from other ranges.
 FIRST_TRAINING_SEED, FIRST_HELD_OUT_SEED = 10_000_000, 20_000_000

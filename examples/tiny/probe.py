@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from exvideo_train.errors import UserError
-from exvideo_train.files import atomic_save_safetensors
+from exvideo_train.tensor_files import atomic_save_safetensors
 
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "probe.safetensors"
 # Half a second, in frames of 8 a second.
