@@ -1,21 +1,21 @@
-"""One moving scene, and the same scene made to fail one measure each. F frames, H height, W width, C channel."""
+"""A made scene and a real clip, and both made to fail one measure each. F frames, H height, W width, C channel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from support.spoilt import LOOP_FRAMES, QUALITIES, SPOILT, real_frames, track_of
 from support.videos import make_video
 
 from exvideo_train.evaluation.measures import make_measures, measure_track
-from exvideo_train.evaluation.reading import Reading, read_frames
-from exvideo_train.evaluation.track import Track, track_video
 
 HEIGHT, WIDTH, NUM_FRAMES, FPS = 64, 96, 49, 8
 REPEAT_SECONDS = 3.0
+REAL_SIZE, REAL_FPS = (96, 168), 12
+Values = dict[tuple[str, str], dict[str, float | None]]
 
 
 def scene(num_frames: int = NUM_FRAMES, seed: int = 0) -> np.ndarray:
@@ -28,59 +28,29 @@ def scene(num_frames: int = NUM_FRAMES, seed: int = 0) -> np.ndarray:
     return np.stack([landscape[:, 2 * index : 2 * index + WIDTH] for index in range(num_frames)])
 
 
-def blurred(frames: np.ndarray) -> np.ndarray:
-    return np.stack([cv2.GaussianBlur(frame, (0, 0), 0.1 + 0.05 * index) for index, frame in enumerate(frames)])
-
-
-def frozen(frames: np.ndarray) -> np.ndarray:
-    return frames[np.minimum(np.arange(len(frames)), len(frames) // 3)]
-
-
-def looped(frames: np.ndarray) -> np.ndarray:
-    return frames[np.arange(len(frames)) % 24]
-
-
-def flickering(frames: np.ndarray) -> np.ndarray:
-    signs = np.where(np.arange(len(frames)) % 2, 15, -15)[:, None, None, None]
-    return np.clip(frames.astype(int) + signs, 0, 255).astype(np.uint8)
-
-
-def drifting(frames: np.ndarray) -> np.ndarray:
-    shift = np.linspace(0, 1, len(frames))[:, None, None, None] * np.array([60, 10, -40])
-    return np.clip(frames + shift, 0, 255).astype(np.uint8)
-
-
-def cut(frames: np.ndarray) -> np.ndarray:
-    other = 255 - scene(len(frames), seed=9)
-    return np.concatenate([frames[: len(frames) // 2], other[len(frames) // 2 :]])
-
-
-def jerky(frames: np.ndarray) -> np.ndarray:
-    """As far in the same time, but by leaps of every third frame."""
-    return frames[np.arange(len(frames)) // 3 * 3]
-
-
-SPOILT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "sound": lambda frames: frames,
-    **{make.__name__: make for make in (blurred, frozen, looped, flickering, drifting, cut, jerky)},
-}
-QUALITIES = {"good": "12", "poor": "26"}
-
-
-def track_of(path: Path) -> Track:
-    return track_video(read_frames(str(path), Reading(0.0, None, 2048)), 0.25)
+@pytest.fixture(scope="session")
+def values(tmp_path_factory: pytest.TempPathFactory) -> Values:
+    """(video, quality of encoding) -> every measure."""
+    return measured(scene(), FPS, REPEAT_SECONDS, tmp_path_factory.mktemp("spoilt"))
 
 
 @pytest.fixture(scope="session")
-def values(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, float | None]]:
-    """(video, quality of encoding) -> every measure."""
-    folder = tmp_path_factory.mktemp("spoilt")
-    measures = make_measures(REPEAT_SECONDS)
-    return {
-        (name, quality): measure_track(
-            track_of(make_video(folder / f"{name}-{quality}.mp4", spoil(scene()), fps=FPS, options={"crf": crf})),
-            measures,
-        )
-        for name, spoil in SPOILT.items()
-        for quality, crf in QUALITIES.items()
-    }
+def real_clip(clip_path: Path) -> np.ndarray:
+    """Frames of the real clip, 66 of 5.3 seconds."""
+    return real_frames(clip_path, *REAL_SIZE)
+
+
+@pytest.fixture(scope="session")
+def real_values(real_clip: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Values:
+    """The same of the real clip."""
+    return measured(real_clip, REAL_FPS, LOOP_FRAMES / REAL_FPS, tmp_path_factory.mktemp("real"))
+
+
+def measured(frames_FHWC: np.ndarray, fps: int, repeat_seconds: float, folder: Path) -> Values:
+    measures = make_measures(repeat_seconds)
+    found = {}
+    for name, spoil in SPOILT.items():
+        for quality, crf in QUALITIES.items():
+            path = make_video(folder / f"{name}-{quality}.mp4", spoil(frames_FHWC), fps=fps, options={"crf": crf})
+            found[name, quality] = measure_track(track_of(path), measures)
+    return found
