@@ -8,7 +8,8 @@ h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem}h1,h2,h3,p,li,td,th{over
 table{border-collapse:collapse;font-size:.9rem}.wide{overflow-x:auto}
 td,th{padding:.25rem .8rem .25rem 0;text-align:right;vertical-align:top;border-bottom:1px solid #ddd}
 tr>:nth-child(2){text-align:left}
-td,thead th{white-space:nowrap}th[scope=row],.setting{text-align:left;font-weight:normal;white-space:normal}
+td,thead th{white-space:nowrap}
+th:first-child,.setting{text-align:left}th[scope=row],.setting{font-weight:normal;white-space:normal}
 small{display:block;color:#555}.prompt small{display:inline}
 .better,.worse,.higher,.lower{font-weight:600}.better{color:#006b4b}.worse{color:#a63600}
 .not{white-space:normal;min-width:11rem;color:#555}
