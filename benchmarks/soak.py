@@ -408,7 +408,8 @@ def last_step(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     lines = text[: text.rfind("\n") + 1].splitlines()
-    return json.loads(lines[-1])["step"] if lines else 0
+    # Sample videos are recorded late, under their own step.
+    return max((json.loads(line)["step"] for line in lines[-20:]), default=0)
 
 
 def free_port() -> int:
