@@ -155,7 +155,7 @@ def test_hanging_ranks_are_named_within_the_time_limit(
 def test_random_kills_leave_no_trace(number: str, tmp_path: Path) -> None:
     """The script with 20 kills, with 3; SIGTERM is covered above."""
     script = REPOSITORY / "benchmarks" / "kill_training.py"
-    command = [sys.executable, str(script), "--kills", "3", "--steps", "150", "--signal", number, "--seed", "4"]
+    command = [sys.executable, str(script), "--kills", "3", "--steps", "80", "--signal", number, "--seed", "4"]
     done = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "equal bit for bit" in done.stdout
