@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from functools import partial
 
@@ -71,12 +70,13 @@ def test_each_bad_input_has_its_own_reason(data, whole):
     assert leftovers == {f"encode_{GEOMETRY.name}.json", f"quarantined_{GEOMETRY.name}.jsonl", "quarantine"}
 
 
-def test_second_run_reuses_everything(data, whole, tiny_model_5b, run_command):
+def test_second_run_reuses_everything(data, whole, tiny_model_5b, capsys):
     before = identity(whole[0])
     times = {path: path.stat().st_mtime_ns for path in whole[0].glob("clips/*/*/*")}
-    result = run_command(arguments(tiny_model_5b, data[0] / "clips.jsonl", whole[0]))
-    assert "encoded    6 already" in result.stdout
-    assert "reused       6" in result.stdout
+    run_here(arguments(tiny_model_5b, data[0] / "clips.jsonl", whole[0]))
+    said = capsys.readouterr().out
+    assert "encoded    6 already" in said
+    assert "reused       6" in said
     assert identity(whole[0]) == before
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
@@ -178,13 +178,13 @@ def test_read_only_store_is_named_and_a_later_run_continues(data, whole, tiny_mo
         assert identity(store) == identity(whole[0])
 
 
-def test_other_options_than_the_stores_are_refused(data, whole, tiny_model_5b, run_command):
+def test_other_options_than_the_stores_are_refused(data, whole, tiny_model_5b):
     before = identity(whole[0])
     more = ("tiling=true", "encoder_dtype=fp32")
-    result = run_command(arguments(tiny_model_5b, data[0] / "clips.jsonl", whole[0], *more), status=2)
-    assert "tiling: the store has False, this run has True" in result.stderr
-    assert "vae_dtype: the store has bf16, this run has fp32" in result.stderr
-    assert "Traceback" not in result.stderr
+    with pytest.raises(UserError) as refusal:
+        run_here(arguments(tiny_model_5b, data[0] / "clips.jsonl", whole[0], *more))
+    assert "tiling: the store has False, this run has True" in str(refusal.value)
+    assert "vae_dtype: the store has bf16, this run has fp32" in str(refusal.value)
     assert identity(whole[0]) == before
 
 
@@ -228,7 +228,7 @@ def test_full_disk_stops_with_a_message_and_a_later_run_continues(
     assert identity(store) == good_identity
 
 
-def test_quarantined_clips_are_tried_again_when_asked(data, tiny_model_5b, run_command, tmp_path, clip_path):
+def test_quarantined_clips_are_tried_again_when_asked(data, tiny_model_5b, run_command, tmp_path, clip_path, capsys):
     video = tmp_path / "late.mp4"
     write_manifest(tmp_path / "m.jsonl", [record_of(video, 0.2, "late"), record_of(clip_path, 0, "there")])
     store = tmp_path / "store"
@@ -236,37 +236,44 @@ def test_quarantined_clips_are_tried_again_when_asked(data, tiny_model_5b, run_c
     result = run_command(arguments(tiny_model_5b, tmp_path / "m.jsonl", store, "clip_timeout_seconds=0.0001"))
     assert "timeout" in result.stdout
     os.link(clip_path, video)
-    result = run_command(arguments(tiny_model_5b, tmp_path / "m.jsonl", store))
-    assert "encoded      0" in result.stdout
+    run_here(arguments(tiny_model_5b, tmp_path / "m.jsonl", store))
+    assert "encoded      0" in capsys.readouterr().out
     result = run_command(arguments(tiny_model_5b, tmp_path / "m.jsonl", store, "retry_quarantined=true"))
     assert "encoded      2" in result.stdout
     assert "quarantined  0" in result.stdout
 
 
-def test_store_commands(data, tiny_model_5b, run_command, tmp_path, whole):
+def test_store_commands(data, tiny_model_5b, run_command, tmp_path, whole, capsys):
     store = tmp_path / "store"
-    subprocess.run(["cp", "-r", whole[0], store], check=True)
-    tool = ["-m", "exvideo_train.latents"]
-    assert "the store is whole" in run_command([*tool, "verify", f"latents={store}"]).stdout
+    shutil.copytree(whole[0], store)
+
+    def said(action, **options):
+        inspect_latents(InspectLatents(action=StoreAction[action], latents=str(store), **options))
+        return capsys.readouterr().out
+
+    assert "the store is whole" in said("verify")
     files = sorted(store.glob("clips/*/*/*.safetensors"))
     damaged = bytearray(files[0].read_bytes())
     damaged[-1] ^= 1
     files[0].write_bytes(damaged)
     files[1].unlink()
     (store / "empty_prompt.safetensors").write_text("not the embedding of anything")
-    result = run_command([*tool, "verify", f"latents={store}", "repair=false"], status=1)
-    assert "4 whole, 1 damaged, 0 not in the index, 1 indexed but missing" in result.stdout
-    assert "empty prompt: missing or damaged" in result.stdout
+    with pytest.raises(SystemExit) as ended:
+        said("verify", repair=False)
+    findings = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert "4 whole, 1 damaged, 0 not in the index, 1 indexed but missing" in findings
+    assert "empty prompt: missing or damaged" in findings
     assert (store / "empty_prompt.safetensors").exists()
-    assert "repaired" in run_command([*tool, "verify", f"latents={store}"]).stdout
+    assert "repaired" in run_command(["-m", "exvideo_train.latents", "verify", f"latents={store}"]).stdout
     assert not (store / "empty_prompt.safetensors").exists()
     kept = {path.name: path.read_bytes() for path in (store / "damaged").rglob("*") if path.is_file()}
     assert kept == {files[0].name: bytes(damaged), "empty_prompt.safetensors": b"not the embedding of anything"}
     shutil.rmtree(store / "damaged")
-    stats = run_command([*tool, "stats", f"latents={store}"]).stdout
+    stats = said("stats")
     assert "4 clips" in stats
     assert "posterior std" in stats
-    result = run_command([*tool, "preview", f"latents={store}", f"model_path={tiny_model_5b}", f"output={tmp_path}"])
+    said("preview", model_path=str(tiny_model_5b), output=str(tmp_path))
     assert (tmp_path / f"preview_{GEOMETRY.name}.png").stat().st_size > 10_000
     run_command(arguments(tiny_model_5b, data[0] / "clips.jsonl", store))
     assert identity(store) == identity(whole[0])
