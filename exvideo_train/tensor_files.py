@@ -30,16 +30,23 @@ _DTYPE_BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+# Number formats by torch's names.
+_NAMES = {
+    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"},
+    **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"},
+}
 
 
 def atomic_save_safetensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Save float32 tensors whole or not at all, equal content as equal bytes; metadata values must be strings."""
-    # The library writes metadata in the order of a hash table, which differs between runs.
-    ordered = dict(sorted(tensors.items()))
-    assert all(str(tensor.dtype) == "torch.float32" for tensor in ordered.values())
-    entries = {name: ("F32", list(tensor.shape)) for name, tensor in ordered.items()}
+    """Save tensors whole or not at all, equal content as equal bytes; metadata values must be strings."""
+    # The library writes metadata in the order of a hash table, which differs between runs. Wide numbers come first, so
+    # that all are aligned.
+    ordered = dict(sorted(tensors.items(), key=lambda entry: (-entry[1].itemsize, entry[0])))
+    entries = {
+        name: (_NAMES[str(tensor.dtype).removeprefix("torch.")], list(tensor.shape)) for name, tensor in ordered.items()
+    }
     atomic_stream_safetensors(path, entries, ordered.values(), metadata or {})
 
 
@@ -69,7 +76,7 @@ def atomic_stream_safetensors(
             stream.write(struct.pack("<Q", len(text)))
             stream.write(text)
             for tensor in tensors:
-                stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+                stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             assert stream.tell() == 8 + len(text) + end
 
     atomic_write(path, write)

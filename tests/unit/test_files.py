@@ -4,6 +4,7 @@ import stat
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from exvideo_train import files, tensor_files
 from exvideo_train.errors import UserError
@@ -57,6 +58,20 @@ def test_safetensors_header(tmp_path):
     header = tensor_files.read_safetensors_header(path)
     assert header["a"]["shape"] == [2, 3]
     assert header["__metadata__"] == {"note": "n"}
+
+
+def test_tensors_of_any_kind_are_saved_as_the_library_loads_them(tmp_path):
+    path = tmp_path / "t.safetensors"
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+    tensors = {f"{number}": torch.arange(3).to(kind) for number, kind in enumerate(kinds)}
+    tensors |= {"turned": torch.arange(6.0).reshape(2, 3).T, "one": torch.tensor(2.0), "none": torch.zeros(0, 4)}
+    tensor_files.atomic_save_safetensors(path, tensors)
+    tensor_files.read_safetensors_header(path)
+    loaded = load_file(path)
+    assert loaded.keys() == tensors.keys()
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
 
 
 @pytest.mark.parametrize("num_bytes", [0, 3, 20, -1])
