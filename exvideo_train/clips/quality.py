@@ -227,9 +227,4 @@ def _shrink(grey_HW: np.ndarray, size: int) -> np.ndarray:
     return grey_HW
 
 
-def _dct_matrix(size: int) -> np.ndarray:
-    frequencies = np.arange(size)[:, None]
-    return np.asarray(np.cos(np.pi * (2 * np.arange(size) + 1) * frequencies / (2 * size)))
-
-
-_DCT = _dct_matrix(32)
+_DCT: np.ndarray = np.cos(np.pi * (2 * np.arange(32) + 1) * np.arange(32)[:, None] / 64)

@@ -182,16 +182,13 @@ def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def sweep_temporary_files(store: LatentStore, geometry: Geometry) -> int:
-    """Delete what killed writers left behind; returns how many files. Nobody may be writing meanwhile."""
+def sweep_temporary_files(store: LatentStore, geometry: Geometry) -> None:
+    """Delete what killed writers left behind. Nobody may be writing meanwhile."""
     clips = store.path / "clips" / geometry.name
     folders = [store.path, *(Path(entry.path) for entry in list_folder(store.path, clips) if is_folder(entry))]
-    num_swept = 0
     for folder in folders:
         for path in folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
-            num_swept += 1
-    return num_swept
 
 
 def set_damaged_aside(store: LatentStore, geometry: Geometry, clip_ids: Iterable[str]) -> None:

@@ -240,18 +240,16 @@ class LocalEngine:
         is_given_up = len(deaths) >= DEATHS_IN_A_ROW or deaths.count(None) >= DEATHS_WITHOUT_CLIP
         if encoder.current is not None and not is_given_up:
             self._blame(encoder.current, cause)
-        self._give_back(encoder.number, encoder.in_work.values())
+        # It may have written a clip and died before it said so.
+        store = LatentStore.open(self.settings.store_path)
+        quarantine = Quarantine(store.path, self.settings.geometry)
+        left = [record for record in encoder.in_work.values() if not is_settled(store, quarantine, record)]
+        self.clips.give_back(encoder.number, left)
         if is_given_up:
             self._give_up(encoder.device, cause)
             return
         print(f"note: the encoder on {encoder.device} died ({cause}) and is replaced", flush=True)
         self._start(encoder.device)
-
-    def _give_back(self, number: int, records: Iterable[ClipRecord]) -> None:
-        # It may have written a clip and died before it said so.
-        store = LatentStore.open(self.settings.store_path)
-        quarantine = Quarantine(store.path, self.settings.geometry)
-        self.clips.give_back(number, [record for record in records if not is_settled(store, quarantine, record)])
 
     def _give_up(self, device: str, cause: str) -> None:
         """Go on without a device whose encoders all die; clips that were blamed for it are let go."""

@@ -82,18 +82,14 @@ def _cost(suggestion: Suggestion) -> float:
 def _fitting(config: Plan, model: Model, choices: Iterable[Changes], same_adapter: bool) -> list[Suggestion]:
     suggestions = []
     for changes in choices:
-        planned = _planned(config, model, changes)
-        if planned is not None and planned.fits:
+        try:
+            planned = forecast(changed(config, changes), model)
+        except UserError:
+            # These changes do not go together.
+            continue
+        if planned.fits:
             suggestions.append(Suggestion(changes, same_adapter, planned))
     return suggestions
-
-
-def _planned(config: Plan, model: Model, changes: Changes) -> Forecast | None:
-    """The forecast after changes; None where they do not go together."""
-    try:
-        return forecast(changed(config, changes), model)
-    except UserError:
-        return None
 
 
 def changed(config: Plan, changes: Changes) -> Plan:

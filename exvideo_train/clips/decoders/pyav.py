@@ -252,6 +252,8 @@ class _Scaler:
         crop_height, crop_width = frame.height, frame.width
         if self._crop:
             crop_height, crop_width = crop_size(frame.height, frame.width, height, width, self._pixel_aspect)
+        # The frame's own YUV matrix, or what players take it to be.
+        matrix = "bt709" if is_untagged_hd(int(frame.colorspace), frame.height) else "auto"
         graph = av.filter.Graph()
         graph.threads = self._threads
         graph.link_nodes(
@@ -264,14 +266,9 @@ class _Scaler:
                 range=str(int(frame.color_range)),
             ),
             graph.add("crop", f"{crop_width}:{crop_height}"),
-            graph.add("scale", f"{width}:{height}:flags={_SCALE_FLAGS}:in_color_matrix={_matrix(frame)}"),
+            graph.add("scale", f"{width}:{height}:flags={_SCALE_FLAGS}:in_color_matrix={matrix}"),
             graph.add("format", _PLANAR_RGB),
             graph.add("buffersink"),
         )
         graph.configure(auto_buffer=False)
         return graph
-
-
-def _matrix(frame: av.video.frame.VideoFrame) -> str:
-    """The frame's own YUV matrix, or what players take it to be."""
-    return "bt709" if is_untagged_hd(int(frame.colorspace), frame.height) else "auto"

@@ -18,18 +18,6 @@ def _published_config(hub_id: str) -> CogVideoXConfig | None:
     return None if fields is None else weights.config_from_fields(fields, hub_id)
 
 
-def _num_base_frames(config: CogVideoXConfig) -> int:
-    return config.sample_frames
-
-
-def _text_length(config: CogVideoXConfig) -> int:
-    return config.max_text_seq_length
-
-
-def _stored_channels(config: CogVideoXConfig) -> dict[str, int]:
-    return {"moments": 2 * config.out_channels, "text": config.text_embed_dim}
-
-
 COGVIDEOX: Family[CogVideoXConfig] = Family(
     name="cogvideox",
     class_name=weights.CLASS_NAME,
@@ -42,15 +30,15 @@ COGVIDEOX: Family[CogVideoXConfig] = Family(
     read_config=weights.read_config,
     load=weights.load,
     published_config=_published_config,
-    num_base_frames=_num_base_frames,
+    num_base_frames=lambda config: config.sample_frames,
     noise_levels=objective.noise_levels,
     extension=Later("exvideo_train.extensions.lora:LoraExtension"),
     diffsynth_names=DIFFSYNTH_NAMES,
     latents_name="moments",
     stored=encoding.stored,
-    stored_channels=_stored_channels,
+    stored_channels=lambda config: {"moments": 2 * config.out_channels, "text": config.text_embed_dim},
     conditions=encoding.conditions,
-    text_length=_text_length,
+    text_length=lambda config: config.max_text_seq_length,
     read_text_length=encoding.read_text_length,
     read_normalisation=encoding.read_normalisation,
     read_stored_channels=encoding.read_stored_channels,

@@ -72,7 +72,8 @@ def write_tiny_model(folder: Path | str, variant: Variant = "5b", seed: int = 0)
         raise UserError(f"variant={variant!r}: unknown; use variant=5b or variant=2b")
     marker = {"layout_version": LAYOUT_VERSION, "variant": variant, "seed": seed}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if _read_marker(folder) == marker:
+        path = folder / MARKER_NAME
+        if path.is_file() and json.loads(path.read_text()) == marker:
             return folder
         raise UserError(f"folder={folder}: holds something else; remove it or name another folder")
     try:
@@ -83,28 +84,16 @@ def write_tiny_model(folder: Path | str, variant: Variant = "5b", seed: int = 0)
     try:
         _write_parts(staging, variant, seed)
         atomic_write_json(staging / MARKER_NAME, marker)
-        _make_readable(staging)
+        # Temporary folders, and safetensors that the libraries write, are closed to other users.
+        staging.chmod(0o755)
+        for path in staging.rglob("*.safetensors"):
+            path.chmod(0o644)
         if folder.exists():
             folder.rmdir()
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
-
-
-def _read_marker(folder: Path) -> dict[str, Any] | None:
-    path = folder / MARKER_NAME
-    if not path.is_file():
-        return None
-    marker: dict[str, Any] = json.loads(path.read_text())
-    return marker
-
-
-def _make_readable(folder: Path) -> None:
-    # Temporary folders, and safetensors that the libraries write, are closed to other users.
-    folder.chmod(0o755)
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(0o644)
 
 
 def _write_parts(folder: Path, variant: Variant, seed: int) -> None:
