@@ -93,7 +93,6 @@ class LatentDataset(Dataset[TrainingSample]):
         self.caption_dropout = caption_dropout
         self.max_corrupt_clips = max_corrupt_clips
         self.corrupt_clips: set[str] = set()
-        self.family = store.family
         self.empty_prompt = store.empty_prompt()
 
     def __len__(self) -> int:
@@ -108,7 +107,7 @@ class LatentDataset(Dataset[TrainingSample]):
         """
         clip_id, stored, replaced = self._read_or_replace(position)
         random = draw(self.seed, position, self.store.latent_shape(stored), self.num_levels, self.caption_dropout)
-        conditions = self.family.conditions(stored.tensors, self.empty_prompt, random.drop_condition)
+        conditions = self.store.family.conditions(stored.tensors, self.empty_prompt, random.drop_condition)
         return TrainingSample(
             latents_TCHW=self.store.latents(stored, random.posterior_noise_TCHW),
             conditions={name: value.clone() for name, value in conditions.items()},

@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 
@@ -52,6 +53,12 @@ def test_samples_do_not_depend_on_ranks(store, world_size, accumulation):
 
 def test_samples_do_not_depend_on_loader_workers(store):
     assert_same(run(store, 1, 1, steps=7), run(store, 2, 1, steps=7, num_workers=1))
+
+
+def test_a_reader_born_as_a_new_process_gives_the_same(store):
+    dataset = dataset_of(store)
+    there = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(there[3].latents_TCHW, dataset[3].latents_TCHW)
 
 
 def test_mixed_geometries_do_not_depend_on_ranks_and_resume(store):
