@@ -94,8 +94,8 @@ class SpanTable(Table):
         return self.clip(video_id, path, span, caption, scores, where, named_by_span or bool(self.videos_are_cut))
 
 
-def parse_object(line: str) -> dict[str, Any]:
-    """The JSON object of a line.
+def parse_object(line: str | bytes) -> dict[str, Any]:
+    """The JSON object of a line, or of a small file.
 
     Raises:
         ValueError: it is none, or beyond the bounds.

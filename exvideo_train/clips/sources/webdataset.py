@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exvideo_train.clips.bounds import MAX_LINE_BYTES, parse_row
+from exvideo_train.clips.bounds import MAX_LINE_BYTES
 from exvideo_train.clips.container import Reason, UnreadableClip
 from exvideo_train.clips.record import TAR_SEPARATOR, ClipRecord
 from exvideo_train.clips.shards import FOLDER, MAX_MEMBER_BYTES, DamagedShard, Member, iter_members
@@ -25,6 +25,7 @@ from exvideo_train.clips.sources.base import (
 )
 from exvideo_train.clips.sources.folder import MAX_CAPTION_BYTES
 from exvideo_train.clips.sources.folders import FolderSource, Listing, name_problem
+from exvideo_train.clips.sources.table import parse_object
 from exvideo_train.errors import UserError
 from exvideo_train.files import open_regular
 
@@ -124,7 +125,7 @@ class WebDataset(FolderSource):
         metadata: dict[str, Any] = {}
         json_path, json_text = content.get(".json", ("", b"{}"))
         try:
-            metadata = _as_object(json_text)
+            metadata = parse_object(json_text)
         except ValueError as error:
             notes.append(
                 Dropped(UNREADABLE_SIDECAR, f"its scores are lost ({error}); download it again", json_path, video)
@@ -178,10 +179,3 @@ def _stems(name: str) -> list[str]:
     folder, base = os.path.split(name)
     stems = [os.path.splitext(name)[0], os.path.join(folder, base.partition(".")[0])]
     return stems if stems[0] != stems[1] else stems[:1]
-
-
-def _as_object(content: bytes) -> dict[str, Any]:
-    value = parse_row(content)
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
