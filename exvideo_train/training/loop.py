@@ -324,7 +324,8 @@ class Trainer:
         if self.mesh.is_main:
             try:
                 draw_curves(read_metrics(self.run_dir), self.run_dir / "curves.png")
-            except OSError as error:
+            # UserError: somebody has damaged metrics.jsonl meanwhile; the next start asks to repair it.
+            except (OSError, UserError) as error:
                 self.logger.message(f"curves.png not written: {error}")
 
     def _state(self) -> TrainingState:

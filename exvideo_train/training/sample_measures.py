@@ -53,7 +53,12 @@ class SampleMeasures:
     def resume(self, step: int, records: Sequence[Record]) -> None:
         """Videos up to this step that no record tells of, as the run ended before: they are measured now."""
         told = {record["step"] for record in records if "sample_videos" in record}
-        for folder in sorted((self.run_dir / "samples").glob("step_" + "[0-9]" * 8)):
+        try:
+            folders = sorted((self.run_dir / "samples").glob("step_" + "[0-9]" * 8))
+        except OSError as error:
+            self.log(f"sample videos of before are not measured: {error}")
+            return
+        for folder in folders:
             number = _step_of(folder)
             if 0 < number <= step and number not in told:
                 self.add(folder)

@@ -233,6 +233,11 @@ def test_weights_that_are_not_whole_are_refused(tmp_path, monkeypatch, case):
     assert not Path("taken").exists()
 
 
+def test_a_name_that_the_hub_cannot_give_is_refused():
+    with pytest.raises(UserError, match="clip=nobody/nothing: cannot be loaded"):
+        Networks("nobody/nothing", None, "cpu")
+
+
 def test_a_network_of_another_kind_is_refused(models):
     with pytest.raises(UserError, match=r"clip=.*: a model of kind vit; name one of clip"):
         Networks(str(models["dino"]), None, "cpu")
