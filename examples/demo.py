@@ -112,12 +112,13 @@ def main() -> None:
     for step, taken in seconds.items():
         print(f"  {taken:5.0f} s  {step}")
     print("\nWhat came out:")
+    (with_adapter,) = (absolute / "videos" / "with_adapter").glob("*.mp4")
     for label, path in (
         ("adapter, diffusers and PEFT", absolute / "adapter.safetensors"),
         ("adapter, DiffSynth", absolute / "adapter_diffsynth.safetensors"),
-        ("video with the adapter", absolute / "videos" / "000_with_adapter.mp4"),
-        ("video without it, same noise", absolute / "videos" / "000_without_adapter.mp4"),
-        ("side by side", absolute / "videos" / "000_side_by_side.mp4"),
+        ("video with the adapter", with_adapter),
+        ("video without it, same noise", absolute / "videos" / "without_adapter" / with_adapter.name),
+        ("side by side", absolute / "videos" / "side_by_side" / with_adapter.name),
         ("the run: metrics, checkpoints", absolute / "run"),
     ):
         if not path.exists():

@@ -157,8 +157,10 @@ def quote_overrides(overrides: list[str], config_class: type) -> list[str]:
         table = kinds.get(key.lstrip("+").rpartition(".")[0])
         if get_origin(table) is dict:
             kind = get_args(table)[1]
-        is_null = kind == (str | None) and text == "null"
-        if not is_assigned or kind not in (str, str | None) or is_null or HYDRA_QUOTED.fullmatch(text):
+        # Of options that are text or a list, a list is written in brackets.
+        is_text = kind in (str, str | None) or (kind is Any and not text.startswith("["))
+        is_null = kind is not str and text == "null"
+        if not is_assigned or not is_text or is_null or HYDRA_QUOTED.fullmatch(text):
             quoted.append(override)
         else:
             text = os.path.expanduser(text) if text.startswith("~/") else text

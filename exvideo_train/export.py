@@ -131,7 +131,10 @@ def from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> tuple[Trained, 
         base_model = str(config["model"]["path"])
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: its state.json has no config of a run ({error}); take another") from error
-    provenance = make_provenance(base_model, family.name, geometry, checkpoint.state.step, weights=weights.value)
+    positions = str(config.get("positions", "trained"))
+    provenance = make_provenance(
+        base_model, family.name, geometry, checkpoint.state.step, positions, weights=weights.value
+    )
     tensors = checkpoint.tensors(extension.name if weights is Weights.raw else "ema")
     return Trained(extension, tensors, provenance), checkpoint.path
 

@@ -39,6 +39,10 @@ _MAX_RECORD_BYTES = 4096
 _MAX_TEXT = 100
 
 
+class Held(UserError):
+    """Another process holds the lock."""
+
+
 @contextmanager
 def hold(path: Path, what: str, remedy: str) -> Iterator[None]:
     """Hold a lock until the block is left or the process ends, however it ends.
@@ -50,7 +54,8 @@ def hold(path: Path, what: str, remedy: str) -> Iterator[None]:
         remedy: ends it: what the user can do instead.
 
     Raises:
-        UserError: another process holds it, named by host and pid; or the folder cannot be written.
+        Held: another process holds it, named by host and pid.
+        UserError: the folder cannot be written.
     """
     try:
         record = _claim(path, what, remedy)
@@ -102,7 +107,7 @@ def _claim(path: Path, what: str, remedy: str) -> Path:
         for other in others:
             # Who only asks has withdrawn before the second look. Whom no kernel here knows, has died if it is silent.
             if other.path in seen and (other.runs() or other.touched != seen[other.path]):
-                raise UserError(f"{what}: {other} is at work in it; {remedy}")
+                raise Held(f"{what}: {other} is at work in it; {remedy}")
             if other.path in seen and not is_told:
                 print(
                     f"{what}: {other} was at work in it; waiting {SILENCE_SECONDS:g} s for a sign of life", flush=True

@@ -1,4 +1,4 @@
-"""``python -m exvideo_train.sample``: prompts to videos, with and without an adapter."""
+"""``python -m exvideo_train.sample``: prompts to videos, with and without adapters."""
 
 from __future__ import annotations
 
@@ -9,151 +9,139 @@ from exvideo_train.config.commands import Sample
 from exvideo_train.entry import run_command
 from exvideo_train.errors import UserError
 from exvideo_train.files import refuse_inputs
+from exvideo_train.signals import INTERRUPTED_STATUS, sigterm_interrupts
 
 if TYPE_CHECKING:
-    import torch
-
     from exvideo_train.extensions.extension import Trained
-    from exvideo_train.geometry import Geometry
+    from exvideo_train.sampling.work import Job
 
 USAGE = """\
-Make videos from prompts, with an adapter, and from the same noise without it.
+Make videos from prompts, with adapters, and from the same noise without them. Finished videos are not made again.
 
-  python -m exvideo_train.sample +exp=129f adapter=A.safetensors prompt="..." output=DIR
-  python -m exvideo_train.sample +exp=129f adapter=A.safetensors prompts_file=P.txt compare=true output=DIR
+  python -m exvideo_train.sample +exp=129f adapter=A.safetensors prompt="..." compare=true output=DIR
+  python -m exvideo_train.sample +exp=129f adapter=[A.safetensors,B.safetensors:0.7] prompts_file=P.jsonl output=DIR
+  python -m exvideo_train.sample +exp=129f adapter=A.safetensors prompt_set=english seeds=4 compare=true output=DIR
+  python -m exvideo_train.sample +exp=129f latents=DIR output=DIR
 """
 
 
 def sample(config: Sample) -> None:
     """Check everything that can be checked, then sample."""
-    geometry = config.geometry
-    prompts = read_prompts(config)
+    devices = choose_devices(config.device)
+    if config.latents is not None:
+        from exvideo_train.sampling.kept import decode_kept
 
-    from exvideo_train.models.registry import backbone_family, check_geometries, known_family, likely_family
-    from exvideo_train.models.stages import SamplerSettings
+        decode_kept(config, devices[0])
+        return
+    job = make_job(config)
+    from exvideo_train.sampling.output import prepare_folder
+    from exvideo_train.sampling.work import run_job
 
-    check_geometries([geometry], config.model.path)
+    print(
+        f"{len(job.requests)} prompts and seeds x {len(job.sampling.variants)} variants "
+        f"({', '.join(variant.name for variant in job.sampling.variants)}) on {', '.join(devices)}",
+        flush=True,
+    )
+    if config.dry_run:
+        for request, variant, files, record in job.videos():
+            state = "finished" if files.is_finished(record, config.overwrite) else request.geometry.name
+            print(f"{files.video}: {state}, {variant.name}, seed {request.seed}: {request.prompt}")
+        return
+    prepare_folder(job.output)
+    try:
+        with sigterm_interrupts():
+            run_job(job, devices)
+    except KeyboardInterrupt:
+        print("interrupted; the same command again continues", flush=True)
+        raise SystemExit(INTERRUPTED_STATUS) from None
+
+
+def make_job(config: Sample) -> Job:
+    """The videos that the options ask for, checked.
+
+    Raises:
+        UserError: an option, prompt, picture, adapter or model does not do.
+    """
+    from exvideo_train.sampling.requests import read_requests
+    from exvideo_train.sampling.variants import AdapterFile, make_variants
+
+    requests = read_requests(config)
+    variants = make_variants(config.adapter, config.compare)
+
+    from exvideo_train.models.hub import resolve_model_path
+    from exvideo_train.models.registry import check_geometries, known_family, likely_family
+    from exvideo_train.models.stages import SamplerSettings, torch_dtype
+    from exvideo_train.sampling.pipeline import Sampling
+    from exvideo_train.sampling.work import Job
+
+    check_geometries(list(dict.fromkeys(request.geometry for request in requests)), config.model.path)
     settings = SamplerSettings(
         scheduler=config.scheduler.value,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
-        seed=config.seed,
+        timestep_spacing=config.timestep_spacing.value,
         batched_guidance=config.batched_guidance,
     )
-    device = choose_device(config.device)
-
-    from exvideo_train.models.hub import resolve_model_path
-    from exvideo_train.sampling.output import SampleWriter, own_files, prepare_folder
-    from exvideo_train.sampling.pipeline import Sampling, sample_videos
-
     known, likely = known_family(config.model.path), likely_family(config.model.path)
+    paths = list(dict.fromkeys(part.path for variant in variants for part in variant.adapters))
+    files = {}
     # Before a download: a mistake in its name must not cost an hour.
-    adapter = likely.extension().read(Path(config.adapter), known and known.name) if config.adapter else None
-    if adapter is not None:
-        print(describe(adapter, geometry.num_frames))
+    for path in paths:
+        trained = likely.extension().read(path, known and known.name)
+        print(describe(path, trained, config))
+        files[path] = AdapterFile.of(path, trained)
     parts = tuple(dict.fromkeys((*likely.training_parts, *likely.encoder_parts)))
-    model_path = resolve_model_path(config.model.path, config.model.revision, parts)
-    family = backbone_family(model_path)
-    family.grid.check(geometry)
     sampling = Sampling(
-        model_path=model_path,
-        geometry=geometry,
+        model_path=resolve_model_path(config.model.path, config.model.revision, parts),
         sampler=settings,
-        device=device,
         dtype=torch_dtype(config.model.dtype.value),
-        adapter=adapter,
-        adapter_source=config.adapter or "",
-        adapter_scale=config.adapter_scale,
-        compare=config.compare,
+        variants=variants,
+        positions=config.positions.value,
         vae_tiling=config.vae_tiling,
         attention=config.memory.attention,
-        image_HWC=read_image(Path(config.image), geometry) if config.image else None,
+        files=files,
     )
+    for request in requests:
+        sampling.check(request)
     output = Path(config.output)
-    prepare_folder(output)
-    inputs = {"adapter": config.adapter, "prompts_file": config.prompts_file, "image": config.image}
-    refuse_inputs("output", own_files(output), {name: [Path(path)] for name, path in inputs.items() if path})
-    print(f"{len(prompts)} prompts x {len(sampling.variants)} videos of {geometry.name} on {device}", flush=True)
-    writer = SampleWriter(output, sampling)
-    for video in sample_videos(sampling, prompts):
-        for path in writer.write(video):
-            print(path, flush=True)
+    inputs = {
+        "adapter": paths,
+        "prompts_file": [Path(config.prompts_file)] if config.prompts_file else [],
+        "image": list(dict.fromkeys(request.image for request in requests if request.image)),
+    }
+    job = Job(sampling, config.model.path, tuple(requests), output, config.keep_latents, config.overwrite)
+    refuse_inputs("output", job.targets(), inputs)
+    return job
 
 
-def read_prompts(config: Sample) -> list[str]:
-    """``prompt``, or the lines of ``prompts_file`` that are not empty; with an image, none need be given.
-
-    Raises:
-        UserError: both, neither, or a file without prompts.
-    """
-    if config.image is not None and config.prompt is None and config.prompts_file is None:
-        return [""]
-    if (config.prompt is None) == (config.prompts_file is None):
-        given = "both are given" if config.prompt is not None else "neither is given"
-        raise UserError(f'{given} of prompt and prompts_file; give prompt="..." or prompts_file=FILE')
-    if config.prompt is not None:
-        return [config.prompt]
-    path = Path(str(config.prompts_file))
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"prompts_file={path}: {error.strerror}; name a text file with a prompt a line") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts_file={path}: not UTF-8 text ({error}); save it as UTF-8") from error
-    if not prompts:
-        raise UserError(f"prompts_file={path}: holds no prompt; write one a line")
-    return prompts
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto``: the first GPU if there is one, else the CPU.
+def choose_devices(names: str) -> list[str]:
+    """Of ``device=``: ``auto`` is every GPU, or the CPU where there is none.
 
     Raises:
         UserError: no such device here.
     """
     import torch
 
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        reason = str(error).split("\n")[0]
-        raise UserError(f"device={name}: cannot be used here ({reason}); use auto, cpu or cuda:0") from error
-    return device
+    if names == "auto":
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    devices = [name.strip() for name in names.split(",")]
+    for name in devices:
+        try:
+            torch.empty(1, device=torch.device(name))
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+            reason = str(error).split("\n")[0]
+            raise UserError(f"device={name}: cannot be used here ({reason}); use auto, cpu or cuda:0") from error
+    return devices
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-
-
-def read_image(path: Path, geometry: Geometry) -> torch.Tensor:
-    """A picture cut at its centre and resized to the frames' size, uint8 RGB (H, W, C).
-
-    Raises:
-        UserError: it cannot be read, or is no picture.
-    """
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path, formats=("PNG", "JPEG")) as opened:
-            picture = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (geometry.width, geometry.height))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"image={path}: cannot be read as a picture ({error}); name a PNG or JPEG file") from error
-    return torch.from_numpy(np.asarray(picture).copy())
-
-
-def describe(adapter: Trained, num_frames: int) -> str:
-    """One line on an adapter, with a word of warning when it was trained at another length."""
-    line = f"adapter: {adapter.describe()}"
-    if (trained_at := adapter.provenance.get("num_frames", num_frames)) != num_frames:
-        line += f"\nnote: trained at {trained_at} frames, sampled at num_frames={num_frames}"
-    return line
+def describe(path: Path, trained: Trained, config: Sample) -> str:
+    """One line on an adapter, with a word of warning when it was trained at another length or other positions."""
+    about, lines = trained.provenance, [f"adapter {path}: {trained.describe()}"]
+    if (trained_at := about.get("num_frames", config.num_frames)) != config.num_frames:
+        lines.append(f"note: trained at {trained_at} frames, sampled at num_frames={config.num_frames}")
+    if about and (positions := about.get("positions", "trained")) != config.positions.value:
+        lines.append(f"note: trained with positions={positions}, sampled with positions={config.positions.value}")
+    return "\n".join(lines)
 
 
 def main() -> None:

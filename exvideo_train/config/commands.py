@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated, Any
 
 from omegaconf import MISSING
 
 from exvideo_train.config.experiment import Experiment
-from exvideo_train.config.options import Options
+from exvideo_train.config.options import Options, Range
 
 
 class AdapterFormat(Enum):
@@ -65,25 +66,42 @@ class Export(Options):
     """Whether a repository that push makes is private."""
 
 
+class PromptSet(Enum):
+    """Prompts that come with the project."""
+
+    english = "english"
+    chinese = "chinese"
+
+
 @dataclass
 class Sample(Experiment):
     output: str = MISSING
-    """Folder for the videos."""
+    """Folder for the videos, one in it for each variant. The same command again goes on; others may share the work."""
     prompt: str | None = None
     """Text of the video to make."""
     prompts_file: str | None = None
-    """Text file with a prompt a line, instead of prompt."""
+    """File of prompts instead: text with one a line, or .jsonl with an object a line: prompt, and as needed
+    negative_prompt, seed, num_frames, height, width, fps and image (relative to the file)."""
+    prompt_set: PromptSet | None = None
+    """The project's own evaluation prompts instead, in english or chinese: camera flights, landscapes, people, animals,
+    actions of 16 seconds."""
+    seeds: Annotated[int, Range(1, 10_000)] = 1
+    """Videos of each prompt, of seeds seed, seed + 1, ..."""
     image: str | None = None
     """Picture that every video begins with, for models that take one; cut and resized to the frames' size."""
-    adapter: str | None = None
-    """Adapter file in any exported format; unset samples the base model."""
-    adapter_scale: float = 1.0
-    """Strength of the adapter."""
+    adapter: Any = None
+    """Adapter file in any exported format, with a strength: A.safetensors:0.7. A list, [A.safetensors,B.safetensors],
+    makes a video with each; a list in it, [[A.safetensors,B.safetensors:0.5]], takes both at once. Unset samples the
+    base model."""
     compare: bool = False
-    """Make the same video from the same noise without the adapter too, and both side by side."""
-    batched_guidance: bool = True
-    """Predict with and without prompt in one call of the backbone; false takes less memory."""
-    vae_tiling: bool = False
-    """Decode in tiles: less memory, faint seams."""
+    """Make the same video from the same noise without any adapter too."""
+    keep_latents: bool = False
+    """Keep each video's latents beside it, as .safetensors."""
+    latents: str | None = None
+    """Kept latents, a file or a folder of them, to decode instead of making videos anew."""
+    overwrite: bool = False
+    """Make videos again that the folder holds with other settings; unset refuses to."""
+    dry_run: bool = False
+    """Check everything, say which videos would be made, and make none."""
     device: str = "auto"
-    """auto takes the first GPU, else the CPU."""
+    """auto takes all GPUs, else the CPU; or names with commas between, like cuda:1,cuda:3: each makes videos."""

@@ -58,6 +58,21 @@ class SamplerKind(Enum):
     dpm = "dpm"
 
 
+class TimestepSpacing(Enum):
+    """Which of the training timesteps sampling visits."""
+
+    trailing = "trailing"
+    linspace = "linspace"
+
+
+class Positions(Enum):
+    """Positions in time of latent frames beyond the base model's length."""
+
+    trained = "trained"
+    interpolated = "interpolated"
+    riflex = "riflex"
+
+
 # What can be meant, as wide as that: beyond it a number is a slip of the keyboard, and some end hours later.
 MANY = 10**9
 # Beyond it alpha / rank has no use, and near the ends of float32 the update would become infinite or nothing.
@@ -266,6 +281,19 @@ class Experiment(Options):
     """Denoising steps of evaluation videos."""
     scheduler: SamplerKind = SamplerKind.ddim
     """Sampler of evaluation videos: ddim or dpm."""
+    timestep_spacing: TimestepSpacing = TimestepSpacing.trailing
+    """Timesteps of evaluation videos: trailing begins at pure noise in equal strides, linspace spreads them evenly from
+    the last to the first, as DiffSynth-Studio does."""
+    negative_prompt: str = ""
+    """What evaluation videos are guided away from; empty is the empty prompt that the model is trained with."""
+    batched_guidance: bool = True
+    """Predict the two sides of guidance in one call of the backbone; false takes less memory."""
+    vae_tiling: bool = False
+    """Decode evaluation videos in tiles: less memory, faint seams."""
+    positions: Positions = Positions.trained
+    """Where latent frames beyond the base model's length stand in time, in training and sampling: trained goes on
+    counting, interpolated presses them into the known range (arXiv 2306.15595), riflex slows the rotary frequency
+    that would repeat (arXiv 2502.15894). Both lengthen without training, too."""
 
     @property
     def geometry(self) -> Geometry:

@@ -1,15 +1,14 @@
 """Which videos a folder holds, and which of several folders belong together.
 
-Folders come from anywhere. What ``exvideo_train.sample`` wrote says in its ``samples.json`` which prompt and seed a
-video was made of; elsewhere equal file names say that two videos are the same one made twice.
+Folders come from anywhere. What ``exvideo_train.sample`` wrote has a record beside each video that says which prompt
+and seed it was made of; elsewhere equal file names say that two videos are the same one made twice.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from exvideo_train.clips.sources.base import VIDEO_SUFFIXES
 from exvideo_train.errors import UserError
 from exvideo_train.files import parse_json, read_regular, short
 
-INDEX = "samples.json"
-_MAX_INDEX_BYTES = 64 << 20
+# What sampling calls the folder of comparisons.
+SIDE_BY_SIDE = "side_by_side"
+_MAX_RECORD_BYTES = 1 << 20
 _MAX_PROMPT_LETTERS = 2000
-# What sampling writes beside the videos of one variant each.
-_NOT_A_VARIANT = ("side_by_side", "contact_sheet")
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class VideoFile:
     """One video.
 
     Attributes:
-        stem: its name without suffix and, in a sampling folder, without variant.
+        stem: its name without suffix.
         prompt: what it was made of; empty where nothing says so.
         seed: of its noise, None where nothing says so.
     """
@@ -42,20 +40,23 @@ class VideoFile:
 
 
 def find_videos(option: str, folder: Path, variant: str, follow_links: bool = False) -> list[VideoFile]:
-    """The videos of a folder, in the order of their names or of its ``samples.json``.
+    """The videos of a folder, in the order of their names.
 
     Args:
         option: what names the folder on the command line, for messages.
-        variant: in a folder of sampling that holds several variants, the one taken: ``with`` takes ``with_adapter``.
+        variant: in an output folder of sampling, which has a folder for each variant, the one taken: ``with`` takes
+            ``with`` or ``with_adapter``.
         follow_links: take videos outside the folder to which links in it lead.
 
     Raises:
-        UserError: no such folder, no video in it, a link that leads out of it, or a ``samples.json`` that is none.
+        UserError: no such folder, no video in it, a link that leads out of it, or a record that is none.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{option}={folder}: no such folder; name a folder of videos")
-    index = folder / INDEX
-    found = _sampled(index, variant) if os.path.lexists(index) else _listed(folder)
+    found = _listed(folder)
+    within = [folder / name for name in (variant, f"{variant}_adapter") if (folder / name).is_dir()]
+    if not found and within:
+        found = _listed(within[0])
     if not found:
         raise UserError(f"{option}={folder}: holds no video ({', '.join(VIDEO_SUFFIXES)}); name a folder of videos")
     for video in found:
@@ -68,21 +69,11 @@ def find_videos(option: str, folder: Path, variant: str, follow_links: bool = Fa
 
 
 def sampled_variants(folder: Path) -> dict[str, list[VideoFile]]:
-    """All videos that the ``samples.json`` of a folder names, by variant; none where there is no such file.
-
-    Raises:
-        UserError: the file is not what sampling writes.
-    """
-    index = folder / INDEX
-    if not os.path.lexists(index):
-        return {}
-    with _told_as_foreign(index):
-        settings, samples = _read_index(index)
-        found: dict[str, list[VideoFile]] = {}
-        for sample in samples:
-            for variant in _variants_of(sample):
-                found.setdefault(variant, []).append(_sample(index, sample, settings.get("seed"), variant))
-    return found
+    """The videos of an output folder of sampling, by variant; those of all variants next to each other are left out."""
+    found = {
+        path.name: _listed(path) for path in sorted(folder.iterdir()) if path.is_dir() and path.name != SIDE_BY_SIDE
+    }
+    return {variant: videos for variant, videos in found.items() if videos}
 
 
 def _listed(folder: Path) -> list[VideoFile]:
@@ -90,55 +81,25 @@ def _listed(folder: Path) -> list[VideoFile]:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(VIDEO_SUFFIXES))
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror}); name a folder that you may read") from error
-    return [VideoFile(folder / name, Path(name).stem) for name in names if not name.startswith(".")]
+    return [_video(folder / name) for name in names if not name.startswith(".")]
 
 
-def _sampled(index: Path, variant: str) -> list[VideoFile]:
-    with _told_as_foreign(index):
-        settings, samples = _read_index(index)
-        return [_sample(index, sample, settings.get("seed"), variant) for sample in samples]
-
-
-@contextmanager
-def _told_as_foreign(index: Path) -> Iterator[None]:
+def _video(path: Path) -> VideoFile:
+    """With what its record says, where it has one that sampling wrote."""
+    record_path = path.with_suffix(".json")
+    if not os.path.lexists(record_path):
+        return VideoFile(path, path.stem)
     try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{index}: not what exvideo_train.sample writes ({type(error).__name__}: {error}); remove it, and videos "
-            "are paired by their names"
-        ) from error
-
-
-def _read_index(index: Path) -> tuple[Any, Any]:
-    content: Any = parse_json(read_regular(index, _MAX_INDEX_BYTES))
-    return content["settings"], content["samples"]
-
-
-def _variants_of(sample: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: file for name, file in sample["files"].items() if name not in _NOT_A_VARIANT}
-
-
-def _sample(index: Path, sample: Mapping[str, Any], seed: Any, variant: str) -> VideoFile:
-    files = _variants_of(sample)
-    chosen = next((name for name in (variant, f"{variant}_adapter") if name in files), None)
-    if chosen is None and len(files) == 1:
-        chosen = next(iter(files))
-    if chosen is None:
-        raise UserError(
-            f"{index}: has {', '.join(map(short, files)) or 'no variant'}, none of them called {variant}; name the "
-            "variant by one of these, +variants.NAME=DIR"
-        )
-    file, prompt, seed = files[chosen], sample["prompt"], sample.get("seed", seed)
-    # A path could lead to any file of the user's, and the report shows what it finds.
-    if not isinstance(file, str) or Path(file).name != file or "\0" in file:
-        raise UserError(f"{index}: file {short(file)} is no plain name; videos lie beside {INDEX}")
-    if not isinstance(prompt, str) or not (seed is None or type(seed) is int):
-        raise UserError(f"{index}: prompt={short(prompt)}, seed={short(seed)} are not a text and a number")
-    stem = Path(file).stem.removesuffix(f"_{chosen}")
-    return VideoFile(index.parent / file, stem, prompt[:_MAX_PROMPT_LETTERS], seed)
+        record: Any = parse_json(read_regular(record_path, _MAX_RECORD_BYTES))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{record_path}: cannot be read ({error}); remove it, and videos pair by name") from error
+    if not isinstance(record, dict) or not {"prompt", "seed", "variant"} <= record.keys():
+        # Some other program's.
+        return VideoFile(path, path.stem)
+    prompt, seed = record["prompt"], record["seed"]
+    if not isinstance(prompt, str) or type(seed) is not int:
+        raise UserError(f"{record_path}: prompt={short(prompt)}, seed={short(seed)} are not a text and a number")
+    return VideoFile(path, path.stem, prompt[:_MAX_PROMPT_LETTERS], seed)
 
 
 def pair_videos(variants: Mapping[str, list[VideoFile]]) -> tuple[dict[str, dict[str, VideoFile]], list[str]]:

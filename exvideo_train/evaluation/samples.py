@@ -33,7 +33,7 @@ def measure_samples(folder: Path) -> dict[str, Any]:
     """What ``measures.json`` holds: measures of every video and their means, by variant; and what failed, in words.
 
     Raises:
-        UserError: ``samples.json`` is none.
+        UserError: a record beside a video is none.
     """
     variants = sampled_variants(folder)
     # One process, as the machine's cores are training's.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,19 +75,24 @@ class Extension(Protocol):
             UserError: they do not fit; names ``source``, and nothing has been copied then.
         """
 
-    def place(self, network: nn.Module, trained: Trained, dtype: torch.dtype, scale: float, source: str) -> None:
-        """Put finished weights on a network for sampling, in ``dtype``, not trainable.
+    def place(self, network: nn.Module, name: str, trained: Trained, dtype: torch.dtype, source: str) -> None:
+        """Put finished weights on a network for sampling, under a name of their own, in ``dtype``, not trainable.
+
+        They do nothing until :meth:`choose` names them.
 
         Args:
-            scale: strength; 1 is as trained.
             source: their file, named in the error.
 
         Raises:
-            UserError: they are of another model.
+            UserError: they are of another model, or more than the extension can hold at once.
         """
 
-    def without(self, network: nn.Module) -> AbstractContextManager[None]:
-        """Within it the network computes as if nothing had been trained; nothing else about it changes."""
+    def choose(self, network: nn.Module, strengths: Mapping[str, float]) -> None:
+        """Let the network compute with the placed weights of these names and no others, added up.
+
+        Args:
+            strengths: name -> strength, 1 is as trained; empty: as if nothing had been trained.
+        """
 
     def write(self, path: Path, format: str, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
         """Write a file that other programs load, whole or not at all.

@@ -6,10 +6,9 @@ PEFT's own names (``base_layer``, adapter names) stay inside this file.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -26,7 +25,7 @@ from exvideo_train.extensions.adapter_names import modules_of
 from exvideo_train.extensions.extension import Trained
 from exvideo_train.randomness import generator_for
 
-# PEFT's name for the one adapter that a model carries here.
+# PEFT's name for the updates that are trained.
 ADAPTER = "default"
 # What wrappers put into parameter names.
 WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -102,24 +101,11 @@ class LoraExtension:
     def load(self, network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
         load_lora_state(network, tensors, source)
 
-    def place(self, network: nn.Module, trained: Trained, dtype: torch.dtype, scale: float, source: str) -> None:
-        # Which Linears it updates, its tensors say.
-        modules = modules_of(trained.tensors)
-        linears = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-        if unknown := sorted(set(modules) - linears):
-            raise UserError(
-                f"adapter={source} does not fit the model: it updates {unknown[0]} (and {len(unknown) - 1} more) that "
-                f"{type(network).__name__} has not; its base model is "
-                f"{trained.provenance.get('base_model', 'not stated')}"
-            )
-        apply_lora(network, LoraExtension(self.rank, self.alpha, tuple(modules)), seed=0)
-        load_lora_state(network, trained.tensors, f"adapter={source}")
-        cast_lora(network, dtype)
-        set_lora_scale(network, scale)
-        network.requires_grad_(False)
+    def place(self, network: nn.Module, name: str, trained: Trained, dtype: torch.dtype, source: str) -> None:
+        place_lora(network, name, trained, dtype, source)
 
-    def without(self, network: nn.Module) -> contextlib.AbstractContextManager[None]:
-        return lora_disabled(network)
+    def choose(self, network: nn.Module, strengths: Mapping[str, float]) -> None:
+        choose_lora(network, strengths)
 
     def write(self, path: Path, format: str, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
         write_adapter(path, format, tensors, self.rank, self.alpha, self.target_modules, provenance)
@@ -130,13 +116,16 @@ def _as_trained(adapter: Adapter) -> Trained:
     return Trained(extension, adapter.tensors, adapter.provenance)
 
 
-def apply_lora(backbone: nn.Module, lora: LoraExtension, seed: int) -> nn.Module:
+def apply_lora(backbone: nn.Module, lora: LoraExtension, seed: int, name: str = ADAPTER) -> nn.Module:
     """Freeze ``backbone`` and put trainable float32 updates on its target Linears, in place.
 
     The class, the attributes and the hooks of the backbone stay. A is uniform in +-1/sqrt(in_features), a function
     of ``seed`` and the module's name alone, hence equal on all ranks; B is zero, so the output does not change yet.
     Inputs are not cast to float32 (550 MB for each Linear at 129 frames of 480x720): outside of autocast a backbone
-    in half precision needs :func:`cast_lora`.
+    in half precision needs its updates in that precision too.
+
+    Args:
+        name: PEFT's for these updates; a backbone may carry several.
 
     Returns:
         ``backbone`` itself.
@@ -153,31 +142,31 @@ def apply_lora(backbone: nn.Module, lora: LoraExtension, seed: int) -> nn.Module
         bias="none",
     )
     # On the meta device first: PEFT would draw from the global generator, in the backbone's dtype.
-    peft.inject_adapter_in_model(config, backbone, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    peft.inject_adapter_in_model(config, backbone, adapter_name=name, low_cpu_mem_usage=True)
     backbone.requires_grad_(False)
-    for name, layer in lora_layers(backbone).items():
-        _initialise(name, layer, seed)
+    for module_name, layer in lora_layers(backbone, name).items():
+        _initialise(module_name, layer, seed, name)
         layer.cast_input_dtype_enabled = False
     return backbone
 
 
-def _initialise(name: str, layer: LoraLayer, seed: int) -> None:
+def _initialise(module_name: str, layer: LoraLayer, seed: int, name: str) -> None:
     base = cast(nn.Linear, layer.get_base_layer())
-    shape_a, shape_b = (layer.r[ADAPTER], base.in_features), (base.out_features, layer.r[ADAPTER])
+    shape_a, shape_b = (layer.r[name], base.in_features), (base.out_features, layer.r[name])
     weight_a = torch.empty(shape_a, device=base.weight.device, dtype=torch.float32)
     if not weight_a.is_meta:
         bound = 1.0 / math.sqrt(base.in_features)
         # Drawn on the CPU, so that every device gets the same numbers.
-        generator = generator_for(seed, f"lora/{name}", 0)
+        generator = generator_for(seed, f"lora/{module_name}", 0)
         weight_a.copy_(
             torch.empty(shape_a, device="cpu", dtype=torch.float32).uniform_(-bound, bound, generator=generator)
         )
-    layer.lora_A[ADAPTER].weight = nn.Parameter(weight_a)
-    layer.lora_B[ADAPTER].weight = nn.Parameter(torch.zeros(shape_b, device=base.weight.device, dtype=torch.float32))
+    layer.lora_A[name].weight = nn.Parameter(weight_a)
+    layer.lora_B[name].weight = nn.Parameter(torch.zeros(shape_b, device=base.weight.device, dtype=torch.float32))
 
 
 def _check_targets(backbone: nn.Module, targets: tuple[str, ...]) -> None:
-    names = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    names = linear_names(backbone)
     for target in targets:
         if any(name == target or name.endswith(f".{target}") for name in names):
             continue
@@ -195,9 +184,23 @@ def _without_block_number(name: str) -> str:
     return suffix if head and number.isdigit() and suffix else name
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The adapted Linears by published module name, in the model's order."""
-    return {_published(name): module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+def linear_names(backbone: nn.Module) -> list[str]:
+    """Names of the Linears as in the published checkpoint: an adapted one has its own name, its parts have none."""
+    adapted = tuple(f"{name}." for name, module in backbone.named_modules() if isinstance(module, LoraLayer))
+    return [
+        name
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear | LoraLayer) and not (adapted and name.startswith(adapted))
+    ]
+
+
+def lora_layers(model: nn.Module, name: str = ADAPTER) -> dict[str, LoraLayer]:
+    """The Linears that carry the updates of a name, by published module name, in the model's order."""
+    return {
+        _published(module_name): module
+        for module_name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and name in module.lora_A
+    }
 
 
 def _published(name: str) -> str:
@@ -206,11 +209,11 @@ def _published(name: str) -> str:
     return name
 
 
-def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by published name, in the model's order."""
+def lora_parameters(model: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]:
+    """The parameters of the updates of a name by published name, in the model's order."""
     return {
-        f"{name}.{half}.weight": getattr(layer, half)[ADAPTER].weight
-        for name, layer in lora_layers(model).items()
+        f"{module_name}.{half}.weight": getattr(layer, half)[name].weight
+        for module_name, layer in lora_layers(model, name).items()
         for half in ("lora_A", "lora_B")
     }
 
@@ -220,7 +223,9 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in lora_parameters(model).items()}
 
 
-def load_lora_state(model: nn.Module, tensors: Mapping[str, Tensor], source: str = "adapter") -> None:
+def load_lora_state(
+    model: nn.Module, tensors: Mapping[str, Tensor], source: str = "adapter", name: str = ADAPTER
+) -> None:
     """Copy tensors with published names into the model's updates.
 
     Args:
@@ -229,50 +234,65 @@ def load_lora_state(model: nn.Module, tensors: Mapping[str, Tensor], source: str
     Raises:
         UserError: names or shapes do not fit the model; nothing has been copied then.
     """
-    parameters = lora_parameters(model)
+    parameters = lora_parameters(model, name)
     missing, unknown = parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys()
     if missing or unknown:
         raise UserError(
             f"{source} does not fit the model: {len(missing)} tensors missing{_example(missing)}, {len(unknown)} "
             f"unknown{_example(unknown)}; use the model and the lora.targets that it was trained with"
         )
-    for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
+    for key, parameter in parameters.items():
+        if tensors[key].shape != parameter.shape:
             raise UserError(
-                f"{source} does not fit the model: {name} is {tuple(tensors[name].shape)}, the model needs "
+                f"{source} does not fit the model: {key} is {tuple(tensors[key].shape)}, the model needs "
                 f"{tuple(parameter.shape)}; use the model and the lora.rank that it was trained with"
             )
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+        for key, parameter in parameters.items():
+            parameter.copy_(tensors[key])
 
 
 def _example(names: set[str]) -> str:
     return f" ({min(names)})" if names else ""
 
 
-def cast_lora(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the updates, for sampling without autocast. Never used in training: there they are float32."""
-    for layer in lora_layers(model).values():
-        layer.lora_A[ADAPTER].to(dtype)
-        layer.lora_B[ADAPTER].to(dtype)
+def place_lora(backbone: nn.Module, name: str, trained: Trained, dtype: torch.dtype, source: str) -> None:
+    """Put a finished adapter on a backbone for sampling, in ``dtype``, unmerged and not trainable.
+
+    Which Linears it updates, its tensors say. It does nothing before :func:`choose_lora` names it.
+
+    Args:
+        name: under which it is chosen; a word without dots, that no other adapter of the backbone has.
+        source: the adapter's file, for the message.
+
+    Raises:
+        UserError: the adapter is of another model.
+    """
+    lora = trained.extension
+    assert isinstance(lora, LoraExtension)
+    modules = tuple(modules_of(trained.tensors))
+    if unknown := sorted(set(modules).difference(linear_names(backbone))):
+        raise UserError(
+            f"adapter={source} does not fit the model: it updates {unknown[0]} (and {len(unknown) - 1} more) that "
+            f"{type(backbone).__name__} has not; its base model is {trained.provenance.get('base_model', 'not stated')}"
+        )
+    apply_lora(backbone, LoraExtension(lora.rank, lora.alpha, modules), seed=0, name=name)
+    load_lora_state(backbone, trained.tensors, f"adapter={source}", name)
+    for layer in lora_layers(backbone, name).values():
+        layer.lora_A[name].to(dtype)
+        layer.lora_B[name].to(dtype)
+    backbone.requires_grad_(False)
 
 
-def set_lora_scale(model: nn.Module, scale: float) -> None:
-    """Multiply every update's ``alpha / rank`` by ``scale``."""
-    for layer in lora_layers(model).values():
-        layer.set_scale(ADAPTER, scale)
+def choose_lora(backbone: nn.Module, strengths: Mapping[str, float]) -> None:
+    """Let the backbone compute with these adapters added up, each times its strength, and with no other.
 
-
-@contextlib.contextmanager
-def lora_disabled(model: nn.Module) -> Iterator[None]:
-    """Within the context the model computes as without its updates."""
-    layers = list(lora_layers(model).values())
-    # PEFT's enable_adapters would toggle requires_grad too, which the training engine's gradient hooks hang on.
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
+    Args:
+        strengths: name -> strength, which multiplies the adapter's ``alpha / rank``; empty: as without adapters.
+    """
+    # PEFT's own switches would toggle requires_grad too, which a training engine's gradient hooks hang on.
+    for layer in (module for module in backbone.modules() if isinstance(module, LoraLayer)):
+        layer._active_adapter = [name for name in strengths if name in layer.lora_A]
+        layer._disable_adapters = not strengths
+        for name in layer._active_adapter:
+            layer.set_scale(name, strengths[name])

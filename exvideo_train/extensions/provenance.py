@@ -31,7 +31,7 @@ def _is_positive(value: Any) -> bool:
 
 # What each field is, for those who read a file; others may stand there too.
 _FIELDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("base_model", "family", "version", "commit", "weights", "adapter_format"), _is_text),
+    **dict.fromkeys(("base_model", "family", "positions", "version", "commit", "weights", "adapter_format"), _is_text),
     **dict.fromkeys(("num_frames", "height", "width", "steps", "rank"), _is_count),
     **dict.fromkeys(("fps", "alpha"), _is_positive),
 }
@@ -50,13 +50,16 @@ def check_provenance(content: Mapping[str, Any], path: str) -> None:
             )
 
 
-def make_provenance(base_model: str, family: str, geometry: Geometry, steps: int, **more: Any) -> dict[str, Any]:
+def make_provenance(
+    base_model: str, family: str, geometry: Geometry, steps: int, positions: str = "trained", **more: Any
+) -> dict[str, Any]:
     """Base model, frames, size, rate, steps and commit of a run; rank and alpha are added when the file is written.
 
     Args:
         base_model: hub id or folder, as the run was given it.
         family: its family's name; left out for the first one, whose files were made before there were others.
         steps: optimizer steps taken.
+        positions: in time, of the run; left out where they are the base model's own.
         more: further JSON values, such as the weights' kind (raw, ema) or the store's fingerprint.
     """
     return {
@@ -66,6 +69,7 @@ def make_provenance(base_model: str, family: str, geometry: Geometry, steps: int
         "height": geometry.height,
         "width": geometry.width,
         "fps": geometry.fps,
+        **({} if positions == "trained" else {"positions": positions}),
         "steps": steps,
         "version": exvideo_train.__version__,
         "commit": source_commit(),

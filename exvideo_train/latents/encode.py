@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,11 +45,11 @@ from exvideo_train.latents.quarantine import Quarantine
 from exvideo_train.latents.settings import EncodeSettings, resolve_settings
 from exvideo_train.latents.store import LatentStore
 from exvideo_train.latents.untrusted import folders_below, hold_store, refuse_links
+from exvideo_train.signals import INTERRUPTED_STATUS, sigterm_interrupts
 
 if TYPE_CHECKING:
     from exvideo_train.latents.ray_engine import RayEngine
 
-INTERRUPTED_STATUS = 130
 LOOK_AGAIN_SECONDS = 1.0
 _MAX_TOTALS_BYTES = 1 << 24
 
@@ -240,7 +239,7 @@ def _encode(settings: EncodeSettings, launch: Launch, store: LatentStore, record
     else:
         engine = LocalEngine(settings, launch.devices, records, progress)
     others: list[Totals] = []
-    with _stop_on_signals():
+    with sigterm_interrupts():
         try:
             if records or store.lacks_empty_prompt():
                 outcome.failure = _run_to_the_end(engine, launch)
@@ -277,7 +276,7 @@ def _run_other_rank(settings: EncodeSettings, launch: Launch) -> None:
     engine = LocalEngine(settings, launch.devices, share, lambda clip_id: None)
     path = _totals_path(settings.store_path, launch.rank)
     # By the lock the first rank knows that this one lives.
-    with locks.hold(path.with_suffix(""), f"rank {launch.rank}", "wait until it has ended"), _stop_on_signals():
+    with locks.hold(path.with_suffix(""), f"rank {launch.rank}", "wait until it has ended"), sigterm_interrupts():
         try:
             if share:
                 # For one rank's exit status the launcher would end them all.
@@ -361,17 +360,3 @@ def _say_what_is_left(settings: EncodeSettings, store: LatentStore, shares: list
         num_left = sum(entry is None or not entry.is_of(record) for record, entry in entries)
         if num_left:
             print(f"note: rank {rank} left {num_left} clips over; the same command again deals them out", flush=True)
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: what is written stays, the report is made."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

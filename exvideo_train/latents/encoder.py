@@ -40,11 +40,12 @@ class ClipEncoder:
     def __init__(self, settings: EncodeSettings, device: str) -> None:
         import torch
 
+        from exvideo_train.models.stages import torch_dtype
+
         if device == "cpu":
             # Threads that wait for each other on cores taken by decoding cost 40 times more than they bring.
             torch.set_num_threads(max(1, torch.get_num_threads() - settings.decode_workers))
-        number_format = settings.options.encoder_dtype.value
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[number_format]
+        dtype = torch_dtype(settings.options.encoder_dtype.value)
         family, text_length = settings.family, settings.fingerprint.text_length
         self._text: TextEncoder | None = None
         if family.text_encoder is not None:
@@ -74,11 +75,12 @@ class ClipEncoder:
         Raises:
             UserError: the device's memory is too small.
         """
+        from exvideo_train.models.stages import is_out_of_memory
 
         try:
             return _on_cpu(self._video.tensors(frames_FHWC, fps))
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise UserError(
                 f"the GPU's memory is too small to encode {tuple(frames_FHWC.shape[:3])} frames: set tiling=true, "
@@ -88,14 +90,6 @@ class ClipEncoder:
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in tensors.items()}
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Torch's own error, or what cuDNN says when its workspace does not fit."""
-    import torch
-
-    cudnn = ("CUDNN_STATUS_ALLOC_FAILED", "unable to find an engine")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in cudnn)
 
 
 def not_finite(frame_tensors: dict[str, Tensor], caption_tensors: dict[str, Tensor]) -> Failure | None:

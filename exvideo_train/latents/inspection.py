@@ -14,7 +14,7 @@ from torch import Tensor
 from exvideo_train.files import atomic_write_bytes
 from exvideo_train.geometry import Geometry
 from exvideo_train.latents.store import LatentStore
-from exvideo_train.models.stages import VideoEncoder
+from exvideo_train.models.stages import VideoEncoder, decode_whole
 
 _FRAMES_SHOWN = 8
 _CAPTION_LETTERS = 110
@@ -90,7 +90,7 @@ def _preview_rows(
     for clip_id in _spread(store.clip_ids(geometry), num_clips):
         clip = store.read(clip_id, geometry)
         latents_CTHW = store.normalisation.mean(clip.tensors[store.family.latents_name])
-        frames_FHWC, _ = vae.decode(latents_CTHW.transpose(0, 1))
+        frames_FHWC = decode_whole(vae, latents_CTHW.transpose(0, 1))
         last = frames_FHWC.shape[0] - 1
         shown = [round(index * last / (_FRAMES_SHOWN - 1)) for index in range(_FRAMES_SHOWN)]
         yield f"{clip_id}  {clip.caption[:_CAPTION_LETTERS]}", frames_FHWC[shown]

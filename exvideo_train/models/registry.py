@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -118,11 +118,24 @@ def backbone_config(model_path: Path) -> Any:
     return family.read_config(model_path / family.subfolder)
 
 
-def load_backbone(model_path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+def load_backbone(
+    model_path: Path, dtype: torch.dtype, device: torch.device | str = "cpu", positions: str = "trained"
+) -> nn.Module:
     """Load the network of a published model folder: see the family's ``load``.
 
+    Args:
+        positions: in time, of videos longer than the base model's; families without a choice have ``trained`` alone.
+
     Raises:
-        UserError: anything missing, unexpected, misshaped or truncated.
+        UserError: anything missing, unexpected, misshaped or truncated; positions that the model cannot have.
     """
     family = backbone_family(model_path)
-    return family.load(model_path / family.subfolder, dtype, device)
+    network = family.load(model_path / family.subfolder, dtype, device)
+    if positions != "trained":
+        try:
+            if not hasattr(network, "lay_out_time"):
+                raise ValueError(f"{family.name} has no choice of positions")
+            cast(Any, network).lay_out_time(positions)
+        except ValueError as error:
+            raise UserError(f"positions={positions}: {error}; use positions=trained or interpolated") from error
+    return network

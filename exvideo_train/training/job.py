@@ -174,7 +174,7 @@ def prepare(config: Train, mesh: Mesh, model_path: Path, log: Log, beat: Callabl
     # 2. The backbone straight onto the device, then the adapter, then what the checkpoint knows of it.
     beat("loading the backbone")
     dtype = compute_dtype(config.model.dtype)
-    backbone = load_backbone(model_path, dtype, mesh.device)
+    backbone = load_backbone(model_path, dtype, mesh.device, config.positions.value)
     mesh.main_first(lambda: extension.attach(backbone, config.seed))
     if checkpoint is not None:
         extension.load(backbone, checkpoint.tensors(extension.name), source=str(checkpoint.path))

@@ -375,7 +375,9 @@ class Trainer:
 
     def _export(self, path: Path, tensors: dict[str, Tensor], weights: str) -> None:
         options, family = self.config, self.job.family.name
-        provenance = make_provenance(options.model.path, family, options.geometry, self.step, weights=weights)
+        provenance = make_provenance(
+            options.model.path, family, options.geometry, self.step, options.positions.value, weights=weights
+        )
         self.job.extension.write(path, "diffusers", tensors, provenance)
 
     def describe(self) -> list[str]:

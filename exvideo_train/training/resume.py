@@ -102,6 +102,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], shape_o
         "height",
         "width",
         "fps",
+        "positions",
         "model.path",
         "model.revision",
         "data.geometries",
@@ -110,7 +111,8 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], shape_o
     )
     ignored = ("latents", "run_dir", "resume", "dry_run", "logger.", "checkpoint.", "safety.", "validation.")
     flat_saved, flat_current = _flatten(saved), _flatten(current)
-    differing = {k: (flat_saved.get(k), flat_current.get(k)) for k in flat_saved | flat_current}
+    # An option that has come since stands at what the run was made with.
+    differing = {key: (value, flat_current.get(key)) for key, value in flat_saved.items()}
     differing = {k: pair for k, pair in differing.items() if pair[0] != pair[1]}
     wrong = {key: pair for key, pair in differing.items() if key in fixed}
     if wrong:

@@ -21,7 +21,7 @@ from exvideo_train.errors import UserError
 from exvideo_train.files import parse_json, read_regular, short
 
 MEASURES_FILE = "measures.json"
-PROMPTS_FILE = "prompts.txt"
+PROMPTS_FILE = "prompts.jsonl"
 LOG_FILE = "log.txt"
 _MAX_BYTES = 64 << 20
 Record = dict[str, Any]

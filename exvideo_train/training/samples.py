@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,12 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from exvideo_train.config.experiment import Experiment
+from exvideo_train.config.experiment import Experiment, plain_config
 from exvideo_train.files import atomic_write_text
 from exvideo_train.training.sample_measures import LOG_FILE, MEASURES_FILE, PROMPTS_FILE, be_nice
-
-# What sampling writes beside its videos.
-SAMPLES_FILE = "samples.json"
 
 
 class SampleProcess:
@@ -51,10 +49,9 @@ class SampleProcess:
             return
         self._folder = adapter.parent
         # Of a run that went on from before this step: they would tell of other videos.
-        for name in (SAMPLES_FILE, MEASURES_FILE):
-            (self._folder / name).unlink(missing_ok=True)
+        (self._folder / MEASURES_FILE).unlink(missing_ok=True)
         prompts_file = self._folder / PROMPTS_FILE
-        atomic_write_text(prompts_file, "".join(" ".join(prompt.split()) + "\n" for prompt in prompts))
+        atomic_write_text(prompts_file, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
         log_file = open(self._folder / LOG_FILE, "wb")  # noqa: SIM115 (the child keeps it)
         self._process = subprocess.Popen(
             self._command(adapter, prompts_file),
@@ -67,28 +64,20 @@ class SampleProcess:
         log_file.close()
 
     def _command(self, adapter: Path, prompts_file: Path) -> list[str]:
-        config = self.config
-        options = {
-            # As given, not the folder that training resolved: sampling needs the text encoder and the VAE too.
-            "model.path": f"'{config.model.path}'",
-            "model.revision": config.model.revision or "null",
-            "model.dtype": config.model.dtype.name,
-            "num_frames": config.num_frames,
-            "height": config.height,
-            "width": config.width,
-            "fps": config.fps,
-            "seed": config.seed,
-            "guidance_scale": config.guidance_scale,
-            "num_inference_steps": config.num_inference_steps,
-            "scheduler": config.scheduler.name,
+        # All that the run's options say about sampling, with the groups that it reads. The model as given, not the
+        # folder that training resolved: sampling needs the text encoder and the VAE too.
+        plain = plain_config(self.config)
+        options = {name: value for name, value in plain.items() if not isinstance(value, dict)}
+        options |= {f"{group}.{name}": plain[group][name] for group in ("model", "memory") for name in plain[group]}
+        options |= {
             "adapter": adapter,
             "prompts_file": prompts_file,
             "output": adapter.parent,
-            "device": config.validation.sample_device,
+            "device": self.config.validation.sample_device,
+            # A run that went back to a checkpoint comes by here again.
+            "overwrite": True,
         }
-        overrides = [
-            f"{name}='{value}'" if isinstance(value, Path) else f"{name}={value}" for name, value in options.items()
-        ]
+        overrides = [f"{name}={'null' if value is None else value}" for name, value in options.items()]
         return [sys.executable, "-m", "exvideo_train.sample", *overrides]
 
     def poll(self) -> None:

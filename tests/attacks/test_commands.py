@@ -30,7 +30,9 @@ from exvideo_train.config.plan import Plan
 from exvideo_train.entry import compose_config, to_dataclass
 from exvideo_train.extensions.adapter_file import write_adapter
 from exvideo_train.files import MAX_JSON_DEPTH
+from exvideo_train.geometry import Geometry
 from exvideo_train.latents.settings import resolve_settings
+from exvideo_train.sampling.requests import VideoRequest
 
 RECORD = ClipRecord("a" * 32, "folder", "/videos/x.mp4", 0.0, 5.0, "words of a caption")
 
@@ -172,7 +174,7 @@ OPTIONS = {
         *("contact_sheet_clips=1", "filter.min_motion=0"),
     ],
     "export": ["run_dir=run"],
-    "sample": ["+exp=demo", "model.path=model", "prompts_file=prompts.txt", "output=."],
+    "sample": ["+exp=demo", "model.path=model", "output=."],
     "plan": ["+exp=demo", "model.path=model"],
     "encode_latents": ["+exp=demo", "model.path=model", "manifest=clips.jsonl", "latents=store"],
 }
@@ -227,8 +229,9 @@ def folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     os.link("clips.jsonl", "y.dropped.jsonl")
     os.link("clips.jsonl", "z.report.html")
     os.link("clips.jsonl", "w.measures.sqlite")
-    os.link("prompts.txt", "000_frames.png")
-    Path("samples.json").symlink_to("prompts.txt")
+    Path("contact_sheets").mkdir()
+    stem = VideoRequest("a rabbit", "", 6, Geometry(129, 64, 96, 25)).stem
+    os.link("prompts.txt", f"contact_sheets/{stem}.png")
     Path("link_run").symlink_to("run")
     Path("store").mkdir()
     os.link("clips.jsonl", "store/index.jsonl")
@@ -274,7 +277,7 @@ IS_INPUT = [
             *(f"link_{CHECKPOINT}/lora.safetensors", f"{CHECKPOINT}/ema.safetensors", f"{CHECKPOINT}/a/b.safetensors"),
         )
     ],
-    refused("sample", ("sample",), "output= would write", "prompts_file= reads"),
+    refused("sample", ("sample", "prompts_file=prompts.txt"), "output= would write", "prompts_file= reads"),
     refused("plan", ("plan", "json=model/transformer/config.json"), "json= would write", "model.path= reads"),
     refused("encode_latents", ("encode_latents",), "latents= would write store/index.jsonl", "manifest= reads"),
 ]

@@ -55,23 +55,30 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def decoder_watched(found: list[dict[str, Any]]) -> Iterator[None]:
-    """Note what diffusers' VAE decodes."""
-    from diffusers import AutoencoderKLCogVideoX
+    """Note what diffusers' decoder decodes: a video in chunks, the first of which has no cache."""
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXDecoder3D
 
     from golden.contents import tensor
 
-    decode = AutoencoderKLCogVideoX.decode
+    forward = CogVideoXDecoder3D.forward
+    videos: list[list[tuple[Any, Any]]] = []
 
-    def watched(self: Any, z: Any, *args: Any, **kwargs: Any) -> Any:
-        result = decode(self, z, *args, **kwargs)
-        found.append({"latents": tensor(z), "frames": tensor(result.sample)})
-        return result
+    def watched(self: Any, sample: Any, temb: Any = None, conv_cache: Any = None) -> Any:
+        frames, cache = forward(self, sample, temb, conv_cache)
+        if not conv_cache:
+            videos.append([])
+        videos[-1].append((sample, frames))
+        return frames, cache
 
-    AutoencoderKLCogVideoX.decode = watched
+    CogVideoXDecoder3D.forward = watched
     try:
         yield
     finally:
-        AutoencoderKLCogVideoX.decode = decode
+        CogVideoXDecoder3D.forward = forward
+        for chunks in videos:
+            latents, frames = (torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True))
+            found.append({"latents": tensor(latents), "frames": tensor(frames)})
 
 
 def _run(command: list[str]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def run(run_dir: Path) -> dict[str, Any]:
 def video(path: Path) -> dict[str, Any]:
     """What a video is and says of itself, without its pictures: x264 has been seen to write others from equal ones.
 
-    They are known before they are written: from the VAE, and from the contact sheet beside the video.
+    They are known before they are written: from the VAE.
     """
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -108,20 +108,20 @@ def video(path: Path) -> dict[str, Any]:
             "size": [stream.height, stream.width],
             "rate": str(stream.average_rate),
             "codec": stream.codec_context.name,
-            "comment": container.metadata.get("comment", ""),
         }
 
 
 def folder_of_videos(folder: Path) -> dict[str, Any]:
     """What a sampling run leaves."""
-    index = json.loads((folder / "samples.json").read_text())
-    index["adapter_provenance"].pop("commit", None)
-    return {
-        "names": sorted(path.name for path in folder.iterdir()),
-        "samples.json": index,
-        "pictures": {path.name: sha256(path.read_bytes()) for path in sorted(folder.glob("*.png"))},
-        **{path.name: video(path) for path in sorted(folder.glob("*.mp4"))},
-    }
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    records = {name: json.loads((folder / name).read_text()) for name in names if name.endswith(".json")}
+    for record in records.values():
+        # Versions and paths of this machine, and the commit, which moves.
+        del record["made_by"], record["model"]
+        for adapter in record["adapters"]:
+            del adapter["sha256"]
+            adapter["provenance"].pop("commit", None)
+    return {"names": names, "records": records, **{n: video(folder / n) for n in names if n.endswith(".mp4")}}
 
 
 def lines(path: Path) -> list[Any]:

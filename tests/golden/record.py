@@ -103,7 +103,7 @@ SAMPLES: dict[str, list[str]] = {
     "ddim": ["model.path=model_5b", "scheduler=ddim", "adapter=run_5b.diffusers.raw.safetensors", "compare=true"],
     "dpm": ["model.path=model_5b", "scheduler=dpm", "adapter=run_5b.diffsynth.ema.safetensors", "compare=true"],
     "scaled": [
-        *["model.path=model_5b", "scheduler=dpm", "adapter=run_5b.comfyui.raw.safetensors", "adapter_scale=0.5"],
+        *["model.path=model_5b", "scheduler=dpm", "adapter=run_5b.comfyui.raw.safetensors:0.5"],
         *["batched_guidance=false", "vae_tiling=true", "model.dtype=fp32"],
     ],
     "plain": ["model.path=model_5b", "scheduler=ddim", "guidance_scale=1", "seed=7"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from exvideo_train.config.experiment import LORA_TARGETS
 from exvideo_train.models.cogvideox import published
 from exvideo_train.models.cogvideox.network import CogVideoXDiT
-from exvideo_train.models.cogvideox.positions import rotary_tables, sincos_embedding
+from exvideo_train.models.cogvideox.positions import TimeAxis, rotary_tables, sincos_embedding
 from exvideo_train.models.cogvideox.tiny import randomize
 from exvideo_train.models.cogvideox.weights import config_from_fields
 
@@ -142,6 +143,36 @@ def test_rotary_tables_equal_diffusers_at_full_size(num_latent_frames: int, heig
     # The largest angle is 64 rad, where fp32 steps are 8e-6.
     torch.testing.assert_close(cos[226:], expected_cos, rtol=0, atol=1e-5)
     torch.testing.assert_close(sin[226:], expected_sin, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_latents", "slowed"), [(13, None), (33, 0.9 * 2 * math.pi / 33), (65, 0.9 * 2 * math.pi / 65)]
+)
+def test_riflex_slows_the_second_frequency_of_the_5b_alone(num_latents: int, slowed: float | None) -> None:
+    """As published for CogVideoX-5B: k = 2, and 0.9 of a period over the video (arXiv 2502.15894)."""
+    options = {"num_text_tokens": 3, "grid_THW": (num_latents, 2, 3), "base_HW": (2, 3), "head_dim": 64}
+    cos, sin = rotary_tables(**options, device=torch.device("cpu"), time_axis=TimeAxis("riflex", num_base=13))
+    frequencies = 1.0 / 10_000 ** (torch.arange(0, 16, 2).double() / 16)
+    if slowed is not None:
+        frequencies[1] = slowed
+    angles = torch.outer(torch.arange(num_latents).double(), frequencies).repeat_interleave(2, dim=1)
+    of_time = slice(0, 16)
+    torch.testing.assert_close(cos[3::6, of_time].double(), angles.cos(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sin[3::6, of_time].double(), angles.sin(), rtol=0, atol=1e-5)
+    plain_cos, _ = rotary_tables(**options, device=torch.device("cpu"))
+    assert torch.equal(cos[:, 16:], plain_cos[:, 16:])
+
+
+def test_interpolated_positions_lie_within_the_base_models_range() -> None:
+    options = {"num_text_tokens": 0, "base_HW": (2, 3), "head_dim": 64, "device": torch.device("cpu")}
+    long, _ = rotary_tables(**options, grid_THW=(39, 2, 3), time_axis=TimeAxis("interpolated", num_base=13))
+    base, _ = rotary_tables(**options, grid_THW=(13, 2, 3))
+    # Every third frame of a video three times as long stands where the base's frames stand.
+    torch.testing.assert_close(long.unflatten(0, (39, 6))[::3], base.unflatten(0, (13, 6)), rtol=0, atol=1e-5)
+    sincos = {"num_text_tokens": 0, "num_channels": 96, "spatial_scale": 1.0, "device": torch.device("cpu")}
+    long = sincos_embedding(**sincos, temporal_scale=2.0, grid_THW=(26, 2, 3), time_axis=TimeAxis("interpolated", 13))
+    base = sincos_embedding(**sincos, temporal_scale=2.0, grid_THW=(13, 2, 3))
+    torch.testing.assert_close(long.unflatten(0, (26, 6))[::2], base.unflatten(0, (13, 6)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("grid_THW", "scale_H", "scale_T"), [((13, 30, 45), 1.875, 1.0), ((33, 9, 4), 1.0, 2.5)])

@@ -9,6 +9,7 @@ import torch
 
 from exvideo_train.errors import UserError
 from exvideo_train.models.cogvideox.encoders import TextEncoder, VideoEncoder
+from exvideo_train.models.stages import decode_whole
 
 
 @pytest.fixture(scope="module")
@@ -118,26 +119,56 @@ def test_decoding_equals_diffusers_pipeline(model_path, pipeline):
         expected = pipeline.video_processor.postprocess_video(
             pipeline.decode_latents(latents_TCHW[None]), output_type="np"
         )[0]
-    frames_FHWC, share_finite = VideoEncoder(model_path, "cpu", torch.float32, False).decode(latents_TCHW)
-    assert share_finite == 1.0
+    chunks = list(VideoEncoder(model_path, "cpu", torch.float32, False).decode(latents_TCHW))
+    assert [len(frames) for frames, _ in chunks] == [9, 8]
+    assert {share_finite for _, share_finite in chunks} == {1.0}
+    frames_FHWC = torch.cat([frames for frames, _ in chunks])
     assert frames_FHWC.shape == (17, 64, 96, 3)
     assert frames_FHWC.dtype == torch.uint8
     assert np.abs(frames_FHWC.numpy().astype(float) - expected * 255).max() <= 0.501
 
 
-def test_decoding_that_runs_out_of_memory_goes_on_in_tiles(tiled_model_path, monkeypatch, capsys):
-    latents_TCHW = torch.randn(5, 16, 8, 12, generator=torch.Generator().manual_seed(1)) * 0.7
-    tiled, _ = VideoEncoder(tiled_model_path, "cpu", torch.float32, True).decode(latents_TCHW)
+@pytest.mark.parametrize(("num_latents", "tiling"), [(1, False), (2, False), (13, False), (13, True), (4, True)])
+def test_decoding_in_chunks_equals_the_published_decoding(tiled_model_path, pipeline, num_latents, tiling):
+    """Bit for bit, a second video too: the first one's caches are gone."""
+    encoder = VideoEncoder(tiled_model_path, "cpu", torch.float32, tiling)
+    from diffusers import AutoencoderKLCogVideoX
+
+    vae = AutoencoderKLCogVideoX.from_pretrained(tiled_model_path / "vae")
+    if tiling:
+        vae.enable_tiling()
+    for seed in (1, 2):
+        latents_TCHW = torch.randn(num_latents, 16, 8, 12, generator=torch.Generator().manual_seed(seed)) * 0.7
+        with torch.no_grad():
+            scaled = encoder.normalisation.undo(latents_TCHW.transpose(0, 1))[None]
+            expected = (vae.decode(scaled).sample[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0) * 255
+        assert torch.equal(decode_whole(encoder, latents_TCHW), expected.round().byte())
+
+
+@pytest.mark.parametrize("chunks_before", [0, 1, 3])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDNN_STATUS_ALLOC_FAILED")]
+)
+def test_decoding_that_runs_out_of_memory_goes_on_in_tiles(tiled_model_path, monkeypatch, capsys, chunks_before, error):
+    latents_TCHW = torch.randn(9, 16, 8, 12, generator=torch.Generator().manual_seed(1)) * 0.7
+    tiled, whole = (
+        decode_whole(VideoEncoder(tiled_model_path, "cpu", torch.float32, tiling), latents_TCHW)
+        for tiling in (True, False)
+    )
     encoder = VideoEncoder(tiled_model_path, "cpu", torch.float32, False)
-    decode = encoder._vae.decode
+    decode, calls = encoder._vae.decode, []
 
     def decode_tiles_only(latents):
-        if not encoder._vae.use_tiling:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        calls.append(latents)
+        if not encoder._vae.use_tiling and len(calls) > chunks_before:
+            raise error
         return decode(latents)
 
     monkeypatch.setattr(encoder._vae, "decode", decode_tiles_only)
-    assert torch.equal(encoder.decode(latents_TCHW)[0], tiled)
+    frames = decode_whole(encoder, latents_TCHW)
+    num_whole = 8 * chunks_before + 1 if chunks_before else 0
+    assert torch.equal(frames[:num_whole], whole[:num_whole])
+    assert torch.equal(frames[num_whole:], tiled[num_whole:])
     assert "decoding in tiles" in capsys.readouterr().err
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,16 +85,14 @@ class TimeExtension:
             for name, parameter in self.trained(network).items():
                 parameter.copy_(tensors[name])
 
-    def place(self, network: Any, trained: Trained, dtype: torch.dtype, scale: float, source: str) -> None:
-        network.base = {name: p.detach().clone() for name, p in self.trained(network).items()}
-        self.load(network, {n: b + scale * (trained.tensors[n] - b) for n, b in network.base.items()}, source)
+    def place(self, network: Any, name: str, trained: Trained, dtype: torch.dtype, source: str) -> None:
+        base = {key: parameter.detach().clone() for key, parameter in self.trained(network).items()}
+        network.placed = {"base": base, **getattr(network, "placed", {}), name: trained.tensors}
 
-    @contextmanager
-    def without(self, network: Any) -> Iterator[None]:
-        kept = {name: p.detach().clone() for name, p in self.trained(network).items()}
-        self.load(network, network.base, "base")
-        yield
-        self.load(network, kept, "trained")
+    def choose(self, network: Any, strengths: Mapping[str, float]) -> None:
+        placed, base = network.placed, network.placed["base"]
+        changes = {key: sum(by * (placed[n][key] - b) for n, by in strengths.items()) for key, b in base.items()}
+        self.load(network, {key: b + changes[key] for key, b in base.items()}, "chosen")
 
     def write(self, path: Path, format: str, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
         atomic_save_safetensors(path, dict(tensors), {"exvideo_train": json.dumps(dict(provenance))})
@@ -115,10 +112,10 @@ class VideoEncoder:
     def image_tensors(self, image_HWC: Tensor, geometry: Any) -> dict[str, Tensor]:
         return self.tensors(image_HWC[None], geometry.fps)
 
-    def decode(self, latents_TCHW: Tensor) -> tuple[Tensor, float]:
+    def decode(self, latents_TCHW: Tensor) -> Iterator[tuple[Tensor, float]]:
         pixels_TCHW = NORMALISATION.undo(latents_TCHW.float().transpose(0, 1)).transpose(0, 1)
         video_FCHW = interpolate(pixels_TCHW, scale_factor=8).clamp(0, 1)
-        return (video_FCHW * 255).round().byte().permute(0, 2, 3, 1), float(pixels_TCHW.isfinite().float().mean())
+        yield (video_FCHW * 255).round().byte().permute(0, 2, 3, 1), float(pixels_TCHW.isfinite().float().mean())
 
     def close(self) -> None: ...
 
@@ -129,14 +126,17 @@ def noise_levels(model_path: Path) -> NoiseLevels:
 
 
 @torch.no_grad()
-def draw(network: Any, path: Path, geometry: Any, conditions: Any, empty: Any, settings: Any, label: str) -> Tensor:
+def draw(
+    network: Any, path: Path, geometry: Any, conditions: Any, empty: Any, settings: Any, seed: int, on_step: Any
+) -> Tensor:
     levels, (frames, rows, columns) = noise_levels(path), GRID.shape_THW(geometry)
-    x = SIGMAS_L[0] * torch.randn(1, frames, 3, rows, columns, generator=torch.Generator().manual_seed(settings.seed))
+    x = SIGMAS_L[0] * torch.randn(1, frames, 3, rows, columns, generator=torch.Generator().manual_seed(seed))
     steps = torch.linspace(0, len(levels) - 1, settings.num_inference_steps).long()
     for row, following in zip(steps, [*steps[1:], None], strict=True):
         signal, noise = levels.signal_L[row].float(), levels.noise_L[row].float()
         clean = signal * signal * x - noise * network(signal * x, levels.told_at(row[None]), **conditions)
         x = clean if following is None else clean + (x - clean) * (SIGMAS_L[following] / SIGMAS_L[row])
+        on_step()
     return x.float()
 
 

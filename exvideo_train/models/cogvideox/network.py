@@ -21,6 +21,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from exvideo_train.models.cogvideox.positions import (
+    TRAINED,
+    TimeAxis,
     rotary_tables,
     rotate,
     sincos_embedding,
@@ -307,6 +309,7 @@ class CogVideoXDiT(nn.Module):
         self.own_tokens: Callable[[int], slice] = all_tokens
         self.join_sequence: JoinSequence = whole_already
         self.run_block: Callable[..., Tensor] = call_block
+        self.time_axis = TRAINED
         self.patch_embed = PatchEmbed(config)
         self.time_embedding = TimeEmbedding(config)
         self.transformer_blocks = nn.ModuleList(CogVideoXBlock(config) for _ in range(config.num_layers))
@@ -320,6 +323,17 @@ class CogVideoXDiT(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks, in order."""
         return self.transformer_blocks
+
+    def lay_out_time(self, kind: str) -> None:
+        """Choose the positions in time of videos longer than the base model's, a `TimeAxis.kind`.
+
+        Raises:
+            ValueError: it is nothing for this model.
+        """
+        if kind == "riflex" and not self.config.use_rotary_positional_embeddings:
+            raise ValueError("slows down a rotary frequency, and this model has fixed sin-cos positions")
+        num_base = 1 + (self.config.sample_frames - 1) // self.config.temporal_compression_ratio
+        self.time_axis = TimeAxis(kind, num_base)
 
     def forward(self, latents_BTCHW: Tensor, told_B: Tensor, text_BLC: Tensor) -> Tensor:
         """Predict the velocity.
@@ -369,6 +383,7 @@ class CogVideoXDiT(nn.Module):
             base_HW=(config.sample_height // config.patch_size, config.sample_width // config.patch_size),
             head_dim=config.attention_head_dim,
             device=device,
+            time_axis=self.time_axis,
         )
 
     def _sincos_embedding(self, num_text_tokens: int, grid_THW: tuple[int, int, int], device: torch.device) -> Tensor:
@@ -380,4 +395,5 @@ class CogVideoXDiT(nn.Module):
             spatial_scale=config.spatial_interpolation_scale,
             temporal_scale=config.temporal_interpolation_scale,
             device=device,
+            time_axis=self.time_axis,
         )

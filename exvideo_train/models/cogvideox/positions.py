@@ -10,6 +10,7 @@ video in T, H, W order), D head dim, C channels.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 
 ROTARY_THETA = 10_000.0
 SINUSOID_PERIOD = 10_000.0
+# Of one period, that RIFLEx lets a video span; a tenth less than the whole, as its authors saw tails repeat.
+RIFLEX_SHARE = 0.9
 
 
 def resize_and_crop_span(grid_H: int, grid_W: int, base_H: int, base_W: int) -> tuple[float, float, float, float]:
@@ -34,10 +37,49 @@ def resize_and_crop_span(grid_H: int, grid_W: int, base_H: int, base_W: int) -> 
     return top, left, top + height, left + width
 
 
-def _axis_rotary(positions: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class TimeAxis:
+    """How a video that is longer than the base model's is laid on its positions in time; nothing about a shorter one.
+
+    Args:
+        kind: ``trained``: the latent frames' plain numbers. ``interpolated``: numbers pressed into the range that the
+            base has seen (arXiv 2306.15595). ``riflex``: the rotary pair whose period the base's length does not
+            exceed, and is nearest to it, is slowed down until the video spans nine tenths of its period
+            (arXiv 2502.15894, eq. 8; k = 2 for CogVideoX-5B): longer, it would repeat itself.
+        num_base: latent frames of the base model.
+    """
+
+    kind: str = "trained"
+    num_base: int = 0
+
+    def step(self, num_latents: int) -> float:
+        """What lies between the positions of neighbouring latent frames."""
+        return self.num_base / num_latents if self.kind == "interpolated" and num_latents > self.num_base else 1.0
+
+    def slow_down(self, frequencies: Tensor, num_latents: int) -> Tensor:
+        """The rotary frequencies in time, radians a latent frame, the fastest first."""
+        if self.kind != "riflex" or num_latents <= self.num_base:
+            return frequencies
+        long_enough = 2 * math.pi / frequencies > self.num_base
+        if not bool(long_enough.any()):
+            return frequencies
+        pair = int(long_enough.nonzero()[0])
+        slowed = frequencies.clone()
+        slowed[pair] = min(float(frequencies[pair]), RIFLEX_SHARE * 2 * math.pi / num_latents)
+        return slowed
+
+
+TRAINED = TimeAxis()
+
+
+def _axis_frequencies(dim: int, device: torch.device) -> Tensor:
+    """Radians a position of each rotated pair."""
+    return 1.0 / ROTARY_THETA ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+def _axis_rotary(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cos and sin (positions, dim); neighbouring channels are the two parts of one rotated pair."""
-    channels = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
-    angles = torch.outer(positions, 1.0 / ROTARY_THETA ** (channels / dim))
+    angles = torch.outer(positions, frequencies)
     return angles.cos().repeat_interleave(2, dim=1), angles.sin().repeat_interleave(2, dim=1)
 
 
@@ -48,11 +90,13 @@ def rotary_tables(
     base_HW: tuple[int, int],
     head_dim: int,
     device: torch.device,
+    time_axis: TimeAxis = TRAINED,
 ) -> tuple[Tensor, Tensor]:
     """Cos and sin of the whole joint sequence, fp32 (S, D); text tokens are not rotated: cos 1, sin 0.
 
     A quarter of the head dim encodes time, three eighths each rows and columns. Time positions are the latent frames'
-    plain numbers, unscaled; rows and columns lie on the base grid (see `resize_and_crop_span`).
+    plain numbers, unscaled, unless `time_axis` says otherwise; rows and columns lie on the base grid (see
+    `resize_and_crop_span`).
     """
     T, H, W = grid_THW
     top, left, bottom, right = resize_and_crop_span(H, W, *base_HW)
@@ -60,10 +104,11 @@ def rotary_tables(
     # The far edge is excluded, as for a grid of cells: at the base size the positions are the whole numbers.
     rows = torch.linspace(top, bottom * (H - 1) / H, H, **options)
     columns = torch.linspace(left, right * (W - 1) / W, W, **options)
-    frames = torch.arange(T, **options)
-    tables_T = _axis_rotary(frames, head_dim // 4)
-    tables_H = _axis_rotary(rows, head_dim // 8 * 3)
-    tables_W = _axis_rotary(columns, head_dim // 8 * 3)
+    frames = torch.arange(T, **options) * time_axis.step(T)
+    tables_T = _axis_rotary(frames, time_axis.slow_down(_axis_frequencies(head_dim // 4, device), T))
+    of_space = _axis_frequencies(head_dim // 8 * 3, device)
+    tables_H = _axis_rotary(rows, of_space)
+    tables_W = _axis_rotary(columns, of_space)
     cos_SD, sin_SD = (
         torch.cat(
             [
@@ -112,6 +157,7 @@ def sincos_embedding(
     spatial_scale: float,
     temporal_scale: float,
     device: torch.device,
+    time_axis: TimeAxis = TRAINED,
 ) -> Tensor:
     """Fixed position embedding of the whole joint sequence, fp32 (S, C); zero on text tokens.
 
@@ -120,7 +166,7 @@ def sincos_embedding(
     """
     T, H, W = grid_THW
     options: dict[str, Any] = {"dtype": torch.float64, "device": device}
-    by_frame = _axis_sincos(torch.arange(T, **options) / temporal_scale, num_channels // 4)
+    by_frame = _axis_sincos(torch.arange(T, **options) * time_axis.step(T) / temporal_scale, num_channels // 4)
     by_row = _axis_sincos(torch.arange(H, **options) / spatial_scale, num_channels // 8 * 3)
     by_column = _axis_sincos(torch.arange(W, **options) / spatial_scale, num_channels // 8 * 3)
     # Rows and columns change places: the published embedding has the columns' channels first.

@@ -6,15 +6,13 @@ Axis letters: B batch, C channel, T latent frames, H height, W width, L text tok
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from exvideo_train.errors import UserError
 from exvideo_train.files import short
@@ -27,7 +25,7 @@ SCHEDULERS: dict[str, Any] = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDP
 
 
 def load_scheduler(model_path: Path, settings: SamplerSettings) -> Any:
-    """The sampler on the model's own schedule, with trailing timesteps (arXiv 2305.08891), its steps set.
+    """The sampler on the model's own schedule, with trailing (arXiv 2305.08891) or even timesteps, its steps set.
 
     Raises:
         UserError: an unknown sampler; the model's file is missing or broken, or has fewer timesteps than steps asked
@@ -42,7 +40,7 @@ def load_scheduler(model_path: Path, settings: SamplerSettings) -> Any:
     if (kind := config.get("prediction_type", "epsilon")) not in ("epsilon", "sample", "v_prediction"):
         raise UserError(f"{path}: prediction_type={short(kind)} is unknown; fetch the model again")
     try:
-        scheduler = scheduler_class.from_config(config, timestep_spacing="trailing")
+        scheduler = scheduler_class.from_config(config, timestep_spacing=settings.timestep_spacing)
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is no schedule ({error}); fetch the model again") from error
     if settings.num_inference_steps > scheduler.config.num_train_timesteps:
@@ -62,7 +60,8 @@ def draw(
     conditions: Mapping[str, Tensor],
     unconditional: Mapping[str, Tensor],
     settings: SamplerSettings,
-    label: str = "denoising",
+    seed: int,
+    on_step: Callable[[], None],
 ) -> Tensor:
     """Draw the latents of one video: a :class:`~exvideo_train.models.stages.Draw`.
 
@@ -70,13 +69,13 @@ def draw(
     same seed gives the same video there, and on every device. Latents are in the dtype of ``text_BLC``.
     """
     scheduler = load_scheduler(model_path, settings)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(seed)
     frames, rows, columns = GRID.shape_THW(geometry)
     shape = (1, frames, cast(int, network.config.in_channels), rows, columns)  # type: ignore[union-attr]
     dtype, device = conditions["text_BLC"].dtype, conditions["text_BLC"].device
     latents_1TCHW = torch.randn(shape, generator=generator, dtype=dtype).to(device) * scheduler.init_noise_sigma
     previous_timestep, previous_x0 = None, None
-    for timestep in _progress(scheduler.timesteps.tolist(), label):
+    for timestep in scheduler.timesteps.tolist():
         velocity_1TCHW = _guided_velocity(network, latents_1TCHW, conditions, unconditional, timestep, settings)
         if settings.scheduler == "dpm":
             latents_1TCHW, previous_x0 = scheduler.step(
@@ -92,6 +91,7 @@ def draw(
         else:
             latents_1TCHW = scheduler.step(velocity_1TCHW, timestep, latents_1TCHW, return_dict=False)[0]
         latents_1TCHW = latents_1TCHW.to(dtype)
+        on_step()
     return latents_1TCHW
 
 
@@ -114,8 +114,3 @@ def _guided_velocity(
         empty = network(latents_1TCHW, timesteps_1, **unconditional).float()
         prompt = network(latents_1TCHW, timesteps_1, **conditions).float()
     return cast(Tensor, empty + settings.guidance_scale * (prompt - empty))
-
-
-def _progress(timesteps: list[int], label: str) -> Iterator[int]:
-    # In a log file the bar's lines stack up: one every half minute is enough there.
-    yield from tqdm(timesteps, desc=label, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)

@@ -47,8 +47,9 @@ def report(tmp_path_factory):
             pictures = frames(number)
             make_video(folder / f"{number:03d}.mp4", pictures if variant == "with" else soft(pictures), fps=FPS)
         names = [f"{number:03d}.mp4" for number in range(NUM_PAIRS + 1)]
-        samples = [{"prompt": f"{HOSTILE} {name}", "seed": 6, "files": {"video": name}} for name in names]
-        (folder / "samples.json").write_text(json.dumps({"settings": {}, "samples": samples}))
+        for name in names:
+            record = {"prompt": f"{HOSTILE} {name}", "seed": 6, "variant": variant}
+            (folder / name).with_suffix(".json").write_text(json.dumps(record))
         (folder / names[-1]).write_bytes((folder / names[0]).read_bytes())
     damaged = root / "with" / names[-1]
     damaged.write_bytes(damaged.read_bytes()[:-3000])

@@ -18,14 +18,12 @@ def touch(folder: Path, *names: str) -> Path:
     return folder
 
 
-def sampled(folder: Path, samples: list, settings: object = None) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "samples.json").write_text(json.dumps({"settings": settings or {"seed": 6}, "samples": samples}))
+def sampled(folder: Path, **videos: tuple) -> Path:
+    """Videos as sampling leaves them: stem -> (prompt, seed)."""
+    touch(folder, *(f"{stem}.mp4" for stem in videos))
+    for stem, (prompt, seed) in videos.items():
+        (folder / f"{stem}.json").write_text(json.dumps({"prompt": prompt, "seed": seed, "variant": folder.name}))
     return folder
-
-
-def sample(prompt: str, files: dict, **more: object) -> dict:
-    return {"prompt": prompt, "files": files, **more}
 
 
 def paired(**folders: Path) -> tuple[dict, list[str]]:
@@ -43,50 +41,46 @@ def test_files_pair_by_name_whatever_their_suffix_and_the_rest_is_told(tmp_path)
     assert left_over == [f"{one}/z.webm: one alone has it"]
 
 
-def test_samples_pair_by_prompt_and_seed_and_not_by_number(tmp_path):
-    with_it = sampled(
-        tmp_path / "a", [sample("sea", {"video": "000.mp4"}), sample("hill", {"video": "001.mp4"}, seed=7)]
-    )
-    without = sampled(
-        tmp_path / "b", [sample("hill", {"video": "000.mp4"}, seed=7), sample("sea", {"video": "001.mp4"}, seed=8)]
-    )
+def test_samples_pair_by_prompt_and_seed_and_not_by_name(tmp_path):
+    with_it = sampled(tmp_path / "a", one=("sea", 6), two=("hill", 7))
+    without = sampled(tmp_path / "b", one=("hill", 7), two=("sea", 8))
     pairs, left_over = paired(one=with_it, two=without)
     (pair,) = pairs.values()
-    assert (pair["one"].prompt, pair["one"].seed, pair["two"].path.name) == ("hill", 7, "000.mp4")
+    assert (pair["one"].prompt, pair["one"].seed, pair["two"].path.name) == ("hill", 7, "one.mp4")
     assert len(left_over) == 2  # the sea of another seed is another video
 
 
-def test_one_folder_of_compared_samples_holds_both_variants(tmp_path):
-    files = {"with_adapter": "000_with_adapter.mp4", "without_adapter": "000_without_adapter.mp4"}
-    files |= {"side_by_side": "000_side_by_side.mp4", "contact_sheet": "000_frames.png"}
-    folder = sampled(tmp_path / "a", [sample("sea", files), sample("sea", {**files, "with_adapter": "001.mp4"})])
-    pairs, left_over = pair_videos({name: find_videos(name, folder, name) for name in ("with", "without")})
-    assert pairs["000"]["with"].path.name == "000_with_adapter.mp4"
-    assert pairs["000"]["without"].path.name == "000_without_adapter.mp4"
+def test_an_output_folder_of_sampling_holds_every_variant(tmp_path):
+    for variant in ("with_adapter", "without_adapter", "side_by_side"):
+        sampled(tmp_path / variant, **{"sea-1": ("sea", 6), "sea-2": ("sea", 6)})
+    pairs, left_over = pair_videos({name: find_videos(name, tmp_path, name) for name in ("with", "without")})
+    assert pairs["sea-1"]["with"].path == tmp_path / "with_adapter" / "sea-1.mp4"
+    assert pairs["sea-1"]["without"].path == tmp_path / "without_adapter" / "sea-1.mp4"
     assert len(pairs) == 2  # of equal prompts the first goes with the first
     assert not left_over
-    with pytest.raises(UserError, match="none of them called other"):
-        find_videos("variants.other", folder, "other")
+    with pytest.raises(UserError, match="holds no video"):
+        find_videos("variants.other", tmp_path, "other")
+
+
+def test_a_record_of_another_program_says_nothing(tmp_path):
+    touch(tmp_path / "a", "x.mp4")
+    (tmp_path / "a" / "x.json").write_text('{"prompt": 3, "boxes": []}')
+    (video,) = find_videos("with", tmp_path / "a", "with")
+    assert (video.stem, video.prompt, video.seed) == ("x", "", None)
 
 
 REFUSED = {
     "no folder": (lambda folder: folder / "none", "no such folder"),
     "empty folder": (lambda folder: folder, "holds no video"),
-    "no JSON": (lambda folder: _index(folder, "{"), "samples.json: not what"),
-    "a list": (lambda folder: _index(folder, "[]"), "samples.json: not what"),
-    "no settings": (lambda folder: _index(folder, '{"samples": []}'), "samples.json: not what"),
-    "files of numbers": (lambda folder: sampled(folder, [sample("a", {"video": 3})]), "file 3 is no plain name"),
-    "another folder": (lambda folder: sampled(folder, [sample("a", {"video": "../../a.mp4"})]), "no plain name"),
-    "from the root": (lambda folder: sampled(folder, [sample("a", {"video": "/etc/passwd"})]), "no plain name"),
-    "prompt of numbers": (lambda folder: sampled(folder, [sample(3, {"video": "a.mp4"})]), "prompt=3"),
-    "seed of text": (lambda folder: sampled(folder, [sample("a", {"video": "a.mp4"}, seed="6")]), "seed='6'"),
-    "no variant": (lambda folder: sampled(folder, [sample("a", {})]), "no variant"),
-    "index is a folder": (lambda folder: touch(folder / "samples.json").parent, "not a regular file"),
+    "no JSON": (lambda folder: _record(folder, "{"), "a.json: cannot be read"),
+    "prompt of numbers": (lambda folder: sampled(folder, a=(3, 6)), "prompt=3"),
+    "seed of text": (lambda folder: sampled(folder, a=("a", "6")), "seed='6'"),
+    "record is a folder": (lambda folder: touch(touch(folder, "a.mp4") / "a.json").parent, "not a regular file"),
 }
 
 
-def _index(folder: Path, text: str) -> Path:
-    (folder / "samples.json").write_text(text)
+def _record(folder: Path, text: str) -> Path:
+    (touch(folder, "a.mp4") / "a.json").write_text(text)
     return folder
 
 

@@ -93,11 +93,10 @@ def evaluated(tmp_path_factory, models, vbench_python):
     root = tmp_path_factory.mktemp("evaluated")
     for number, variant in enumerate(("with", "without")):
         (root / variant).mkdir()
-        samples = []
         for pair, prompt in enumerate(PROMPTS):
             make_video(root / variant / f"{pair}.mp4", pictures(10 * number + pair), fps=8)
-            samples.append({"prompt": prompt, "files": {"video": f"{pair}.mp4"}})
-        (root / variant / "samples.json").write_text(json.dumps({"settings": {"seed": 6}, "samples": samples}))
+            record = {"prompt": prompt, "seed": 6, "variant": variant}
+            (root / variant / f"{pair}.json").write_text(json.dumps(record))
     options = [f"{name}={root / name}" for name in ("with", "without")]
     options += [f"clip={models['clip']}", f"dino={models['dino']}", f"vbench_python={vbench_python}"]
     result = subprocess.run(

@@ -12,15 +12,15 @@ from torch import nn
 
 from exvideo_train.config.experiment import LORA_TARGETS, LoraConfig
 from exvideo_train.errors import UserError
+from exvideo_train.extensions.extension import Trained
 from exvideo_train.extensions.lora import (
     LoraExtension,
     apply_lora,
-    cast_lora,
+    choose_lora,
     load_lora_state,
-    lora_disabled,
     lora_parameters,
     lora_state,
-    set_lora_scale,
+    place_lora,
 )
 
 SETTINGS = LoraExtension(rank=4, alpha=6.0, target_modules=tuple(LORA_TARGETS))
@@ -134,12 +134,39 @@ def test_disabled_and_scaled(network):
     with torch.no_grad():
         reference, adapted = base(**inputs())[0], model(**inputs())[0]
         assert (adapted - reference).abs().max() > 1e-3
-        with lora_disabled(model):
-            assert torch.equal(model(**inputs())[0], reference)
-            assert all(parameter.requires_grad for parameter in lora_parameters(model).values())
-        assert torch.equal(model(**inputs())[0], adapted)
-        set_lora_scale(model, 0.0)
+        choose_lora(model, {})
         assert torch.equal(model(**inputs())[0], reference)
+        assert all(parameter.requires_grad for parameter in lora_parameters(model).values())
+        choose_lora(model, {"default": 1.0})
+        assert torch.equal(model(**inputs())[0], adapted)
+        choose_lora(model, {"default": 0.0})
+        assert torch.equal(model(**inputs())[0], reference)
+
+
+def test_placed_adapters_are_added_up_as_chosen(network):
+    """Of other ranks and targets, with one Linear in common."""
+    base, placed = copy.deepcopy(network), {}
+    for name, targets, rank in (("one", ("attn1.to_q", "ff.net.2"), 4), ("two", ("attn1.to_q", "norm1.linear"), 2)):
+        extension = LoraExtension(rank, 2.0 * rank, targets)
+        trained = apply_lora(copy.deepcopy(base), extension, seed=len(placed))
+        randomise_b(trained)
+        placed[name] = Trained(extension, {key: value.clone() for key, value in lora_state(trained).items()}, {})
+        place_lora(network, name, placed[name], torch.float32, name)
+    for strengths in ({"one": 0.5}, {"two": 1.5, "one": 1.0}, {}, {"two": 1.0}):
+        merged = copy.deepcopy(base)
+        weights = dict(merged.named_parameters())
+        with torch.no_grad():
+            for name, strength in strengths.items():
+                tensors = placed[name].tensors
+                for key in (key for key in tensors if key.endswith("lora_A.weight")):
+                    update = tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
+                    weights[key.replace("lora_A.", "")] += 2.0 * strength * update
+            choose_lora(network, strengths)
+            torch.testing.assert_close(network(**inputs())[0], merged(**inputs())[0], rtol=1e-4, atol=1e-5)
+    wrong = {key.replace("blocks.0", "blocks.9"): value for key, value in placed["one"].tensors.items()}
+    third = Trained(placed["one"].extension, wrong, {})
+    with pytest.raises(UserError, match=r"third does not fit the model: it updates transformer_blocks\.9"):
+        place_lora(network, "third", third, torch.float32, "third")
 
 
 def test_autocast_computes_in_bf16_without_casting_inputs_up(network):
@@ -156,11 +183,13 @@ def test_autocast_computes_in_bf16_without_casting_inputs_up(network):
     assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
 
 
-def test_half_precision_without_autocast_after_cast(network):
-    model = apply_lora(network.bfloat16(), SETTINGS, seed=6)
-    cast_lora(model, torch.bfloat16)
+def test_half_precision_without_autocast(network):
+    other = apply_lora(copy.deepcopy(network), SETTINGS, seed=6)
+    place_lora(network.bfloat16(), "placed", Trained(SETTINGS, lora_state(other), {}), torch.bfloat16, "other")
+    choose_lora(network, {"placed": 1.0})
     with torch.no_grad():
-        assert model(**inputs(torch.bfloat16))[0].dtype == torch.bfloat16
+        assert network(**inputs(torch.bfloat16))[0].dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
 def test_state_round_trip(network):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from exvideo_train.errors import UserError
-from exvideo_train.sampling.video import side_by_side, write_contact_sheet, write_mp4
+from exvideo_train.sampling.video import compare_videos, read_mp4, side_by_side, write_mp4
 
 
 def make_frames(num_frames=17, height=48, width=64):
@@ -49,19 +49,28 @@ def test_odd_sizes_are_refused_and_leave_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_side_by_side():
+def test_videos_are_compared_as_they_are_read(tmp_path):
     frames = make_frames()
-    both = side_by_side([frames, 255 - frames])
+    videos = {"with it": tmp_path / "a.mp4", "without": tmp_path / "b.mp4"}
+    for path, of in zip(videos.values(), (frames, 255 - frames), strict=True):
+        write_mp4(path, of, 8)
+    compare_videos(videos, 8, tmp_path / "both.mp4", tmp_path / "sheet.png")
+    read = {name: np.stack(list(read_mp4(path))) for name, path in videos.items()}
+    both = np.stack(list(read_mp4(tmp_path / "both.mp4")))
     assert both.shape == (17, 48, 64 + 4 + 64, 3)
-    assert np.array_equal(both[:, :, :64], frames)
-    assert np.array_equal(both[:, :, 68:], 255 - frames)
-
-
-def test_contact_sheet_shows_first_and_last_frame(tmp_path):
-    frames = make_frames()
-    write_contact_sheet(tmp_path / "sheet.png", {"with": frames, "without": 255 - frames}, fps=8, num_columns=3)
+    assert np.abs(both[:, :, :60].astype(float) - read["with it"][:, :, :60]).mean() < 3
+    assert np.abs(both[:, :, 72:].astype(float) - read["without"][:, :, 4:]).mean() < 3
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert sheet.shape == (2 * (48 + 32), 3 * 68 - 4, 3)
-    assert np.array_equal(sheet[32:80, :64], frames[0])
-    assert np.array_equal(sheet[32:80, -64:], frames[-1])
-    assert np.array_equal(sheet[112:, -64:], 255 - frames[-1])
+    assert sheet.shape == (2 * (48 + 32), 6 * 68 - 4, 3)
+    assert np.array_equal(sheet[32:80, :64], read["with it"][0])
+    assert np.array_equal(sheet[32:80, -64:], read["with it"][-1])
+    assert np.array_equal(sheet[112:, -64:], read["without"][-1])
+
+
+def test_frames_next_to_each_other():
+    frames = make_frames()[:2]
+    both = side_by_side([frames[0], frames[1]])
+    assert both.shape == (48, 132, 3)
+    assert np.array_equal(both[:, :64], frames[0])
+    assert np.array_equal(both[:, 68:], frames[1])
+    assert (both[:, 64:68] == 255).all()

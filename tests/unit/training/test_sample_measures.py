@@ -24,16 +24,15 @@ NUM_FRAMES = 9
 def make_samples(run_dir: Path, step: int, num_videos: int = 2, num_prompts: int = 2) -> Path:
     """A folder as sampling leaves it."""
     folder = run_dir / "samples" / f"step_{step:08d}"
-    folder.mkdir(parents=True)
-    samples = []
+    (folder / "with_adapter").mkdir(parents=True)
     for number in range(num_videos):
         wide = np.random.default_rng(step + number).integers(0, 255, (64, 96 + NUM_FRAMES, 3), np.uint8)
-        name = f"{number:03d}_with_adapter.mp4"
+        name = f"with_adapter/{number:03d}.mp4"
         make_video(folder / name, [wide[:, index : index + 96] for index in range(NUM_FRAMES)], fps=8)
-        files = {"with_adapter": name, "contact_sheet": "000_frames.png"}
-        samples.append({"prompt": f"prompt {number}", "files": files, "faults": {}})
-    (folder / "prompts.txt").write_text("".join(f"prompt {number}\n" for number in range(num_prompts)))
-    (folder / "samples.json").write_text(json.dumps({"settings": {"seed": 6}, "samples": samples}))
+        record = {"prompt": f"prompt {number}", "seed": 6, "variant": "with_adapter", "fault": ""}
+        (folder / name).with_suffix(".json").write_text(json.dumps(record))
+    prompts = [json.dumps({"prompt": f"prompt {number}"}) + "\n" for number in range(num_prompts)]
+    (folder / "prompts.jsonl").write_text("".join(prompts))
     return folder
 
 
@@ -55,7 +54,7 @@ def test_means_are_those_of_the_evaluation(tmp_path: Path) -> None:
     run.measures.finish(5)
     assert run.said == []
     measures = make_measures(10.0)
-    tracks = [track_video(read_frames(str(path), Reading(0.0, None, 99)), 0.25) for path in folder.glob("*.mp4")]
+    tracks = [track_video(read_frames(str(path), Reading(0.0, None, 99)), 0.25) for path in folder.rglob("*.mp4")]
     values = [measure_track(track, measures) for track in tracks]
     (record,) = run.records
     assert (record["step"], record["sample_videos"]) == (10, {"measured": 2, "failed": 0})
@@ -68,7 +67,7 @@ def test_means_are_those_of_the_evaluation(tmp_path: Path) -> None:
 
 def test_what_was_not_made_or_is_damaged_is_told_and_counted(tmp_path: Path) -> None:
     folder, run = make_samples(tmp_path, 10, num_prompts=4), Run(tmp_path)
-    video = folder / "001_with_adapter.mp4"
+    video = folder / "with_adapter" / "001.mp4"
     video.write_bytes(video.read_bytes()[:-3000])
     run.measures.add(folder)
     run.measures.finish(5)
@@ -99,13 +98,13 @@ def test_a_begun_run_measures_what_no_record_tells_of_and_nothing_twice(tmp_path
 
 def test_a_failing_process_is_told_and_counted(tmp_path: Path) -> None:
     folder, run = make_samples(tmp_path, 10), Run(tmp_path)
-    (folder / "samples.json").write_text("[]")
+    (folder / "with_adapter" / "001.json").write_text("{")
     run.measures.add(folder)
     run.measures.add(tmp_path / "samples" / "step_00000020")
     run.measures.finish(5)
     assert run.records[0] == {"step": 10, "sample_videos": {"measured": 0, "failed": 2}}
     assert run.said[0] == f"sample videos of step_00000010 not measured: status 2; see {folder / 'log.txt'}"
-    assert "not what exvideo_train.sample writes" in (folder / "log.txt").read_text()
+    assert "001.json: cannot be read" in (folder / "log.txt").read_text()
     assert "step_00000020 not measured" in run.said[1]
 
 

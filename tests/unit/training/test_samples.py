@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from exvideo_train.config.experiment import Experiment
+from exvideo_train.config.commands import Sample
+from exvideo_train.config.experiment import AttentionKernel, Experiment, Positions, SamplerKind, TimestepSpacing
+from exvideo_train.entry import compose_config, quote_overrides, to_dataclass
 from exvideo_train.training.samples import SampleProcess, environment
 
 
@@ -17,7 +20,7 @@ def test_failing_sample_videos_are_told_and_harm_nothing(tmp_path: Path) -> None
     samples = SampleProcess(config, tmp_path, said.append)
     folder = tmp_path / "samples" / "step_00000010"
     samples.start(folder / "adapter.safetensors", ["a caption\nof two lines"])
-    assert (folder / "prompts.txt").read_text() == "a caption of two lines\n"
+    assert json.loads((folder / "prompts.jsonl").read_text()) == {"prompt": "a caption\nof two lines"}
     samples.start(tmp_path / "samples" / "step_00000020" / "adapter.safetensors", ["a caption"])
     assert said == ["no sample videos for step_00000020: the last ones are not finished"]
     samples.finish()
@@ -53,3 +56,19 @@ def test_the_process_is_no_rank_of_the_job(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv(name, "1")
     assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & environment().keys()
     assert "PATH" in environment()
+
+
+def test_options_of_the_run_arrive_at_sampling(tmp_path: Path) -> None:
+    config = Experiment()
+    changed = {"num_frames": 57, "guidance_scale": 3.5, "num_inference_steps": 7, "seed": 11, "vae_tiling": True}
+    changed |= {"batched_guidance": False, "negative_prompt": "a, 'blur' {of} $x", "positions": Positions.interpolated}
+    changed |= {"timestep_spacing": TimestepSpacing.linspace, "scheduler": SamplerKind.dpm}
+    for name, value in changed.items():
+        setattr(config, name, value)
+    config.memory.attention, config.model.revision = AttentionKernel.math, "v1"
+    command = SampleProcess(config, tmp_path, print)._command(tmp_path / "a, b.safetensors", tmp_path / "p.jsonl")
+    assert command[:3] == [sys.executable, "-m", "exvideo_train.sample"]
+    composed = to_dataclass(compose_config("sample", quote_overrides(command[3:], Sample), Sample), Sample)
+    assert {name: getattr(composed, name) for name in changed} == changed
+    assert (composed.memory, composed.model) == (config.memory, config.model)
+    assert (composed.adapter, composed.overwrite) == (str(tmp_path / "a, b.safetensors"), True)
