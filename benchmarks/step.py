@@ -335,7 +335,7 @@ class Benchmark:
             torch.cuda.synchronize(self.device)
 
 
-def machine(device: torch.device, options: dict[str, str]) -> dict[str, Any]:
+def machine(device: torch.device, options: dict[str, str], script: str = "benchmarks/step.py") -> dict[str, Any]:
     """What the figures were measured on."""
     repository = Path(__file__).resolve().parent.parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repository, capture_output=True, text=True, check=False)
@@ -350,9 +350,7 @@ def machine(device: torch.device, options: dict[str, str]) -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in packages},
         "cuda": torch.version.cuda,
         "commit": commit.stdout.strip() or None,
-        "command": " ".join(
-            [*threads, "python", "benchmarks/step.py", *(f"{name}={value}" for name, value in options.items())]
-        ),
+        "command": " ".join([*threads, "python", script, *(f"{name}={value}" for name, value in options.items())]),
     }
 
 
