@@ -63,14 +63,15 @@ class Benchmark:
     """Both sides, on one device; ``folder`` takes the small files that ours are loaded from."""
 
     def __init__(self, device: torch.device, folder: Path, num_steps: int) -> None:
-        import diffusers
+        import diffusers as library
 
+        diffusers: Any = library
         self.device, self.folder, self.num_steps = device, folder, num_steps
         self.on_gpu = device.type == "cuda"
         self.dtype = DTYPE if self.on_gpu else torch.float32
         family = FAMILIES[0]
-        config = family.published_config("zai-org/CogVideoX-5b")
-        self.config = config if self.on_gpu else dataclasses.replace(config, **SMALL)
+        config: Any = family.published_config("zai-org/CogVideoX-5b")
+        self.config: Any = config if self.on_gpu else dataclasses.replace(config, **SMALL)
         torch.manual_seed(SEED)
         torch.set_default_dtype(self.dtype)
         with torch.device(device):
@@ -85,7 +86,7 @@ class Benchmark:
         scheduler = diffusers.CogVideoXDDIMScheduler.from_config(published.SCHEDULER_5B, timestep_spacing="trailing")
         self.pipeline: Any = diffusers.CogVideoXPipeline(None, None, vae, transformer, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
-        attentions = [module for module in self.network.modules() if hasattr(module, "attend")]
+        attentions: list[Any] = [module for module in self.network.modules() if hasattr(module, "attend")]
         kernel = choose_attention(
             AttentionKernel.auto, device, self.dtype, attentions[0].num_heads, attentions[0].head_dim
         )
@@ -99,7 +100,8 @@ class Benchmark:
         self.text_BLC, self.empty_BLC = torch.randn(2, *shape, device=device, dtype=self.dtype)
 
     def geometry(self, frames: int) -> Geometry:
-        return Geometry(frames, *(FULL_SIZE if self.on_gpu else SMALL_SIZE), 8)
+        height, width = FULL_SIZE if self.on_gpu else SMALL_SIZE
+        return Geometry(frames, height, width, 8)
 
     def their_latents(self, geometry: Geometry) -> Tensor:
         latents: Tensor = self.pipeline(
@@ -133,7 +135,7 @@ class Benchmark:
 
     def check_same_work(self) -> dict[str, float]:
         """On a short video; raises AssertionError when latents or frames differ."""
-        geometry = Geometry(17, *SMALL_SIZE, 8)
+        geometry = Geometry(17, SMALL_SIZE[0], SMALL_SIZE[1], 8)
         ours, theirs = self.our_latents(geometry, True), self.their_latents(geometry)
         of_latents = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
         frames = torch.cat([frames for frames, _ in self.encoders[False].decode(theirs[0])]).permute(0, 3, 1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -26,8 +27,10 @@ from exvideo_train.extensions import adapter_math
 from exvideo_train.extensions.adapter_file import Adapter, read_adapter, write_adapter
 from exvideo_train.extensions.adapter_math import Measured, norms
 from exvideo_train.extensions.adapter_names import BLOCK
+from exvideo_train.extensions.extension import Trained
 from exvideo_train.extensions.lora import LoraExtension
 from exvideo_train.extensions.merge import merge
+from exvideo_train.extensions.model_card import check_card, finish_card
 from exvideo_train.files import refuse_inputs
 from exvideo_train.models.hub import resolve_model_path
 from exvideo_train.models.registry import backbone_family, known_family
@@ -40,6 +43,7 @@ Look into adapter files of any program, compare them, and make others of them.
   python -m exvideo_train.adapter convert adapter=A.safetensors format=kohya output=B.safetensors
   python -m exvideo_train.adapter diff adapter=A.safetensors other=B.safetensors
   python -m exvideo_train.adapter average adapters=[RUN/checkpoints/step_00001000,RUN] output=M.safetensors
+  python -m exvideo_train.adapter average adapters=[1.safetensors,2.safetensors,3.safetensors] ema_steps=500 output=...
   python -m exvideo_train.adapter resize adapter=A.safetensors rank=16 output=S.safetensors
   python -m exvideo_train.adapter merge adapter=A.safetensors model_path=MODEL output=MERGED
 
@@ -96,8 +100,14 @@ def bar_chart(values: dict[str, float]) -> list[str]:
 
 
 def convert(config: AdapterConvert) -> None:
-    """Write the same adapter in another format."""
-    _write(config.output, config.format.value, read_source(config.adapter, config), [config.adapter])
+    """Write the same adapter in another format, with a card if that is asked for."""
+    adapter, target = read_source(config.adapter, config), Path(config.output)
+    check_card(target, config)
+    _write(config.output, config.format.value, adapter, [config.adapter])
+    if config.card or config.push:
+        lora = LoraExtension(adapter.rank, adapter.alpha, adapter.targets)
+        trained = Trained(lora, adapter.tensors, adapter.provenance)
+        finish_card(target, config.format, config, trained, {"trained": lora.describe()}, "")
 
 
 def diff(config: AdapterDiff) -> None:
@@ -112,7 +122,7 @@ def average(config: AdapterAverage) -> None:
     adapters = [read_source(source, config) for source in config.adapters]
     if len(adapters) < 2:
         raise UserError(f"adapters={config.adapters}: a mean is of two or more")
-    shares = config.shares or [1 / len(adapters)] * len(adapters)
+    shares = _ema_shares(config, adapters) or config.shares or [1 / len(adapters)] * len(adapters)
     if len(shares) != len(adapters) or abs(sum(shares) - 1) > 1e-6:
         raise UserError(f"shares={config.shares}: must be {len(adapters)} numbers, one an adapter, that add up to 1")
     if config.of is AverageOf.factors:
@@ -126,6 +136,26 @@ def average(config: AdapterAverage) -> None:
     made = replace(measured.adapter, provenance=measured.adapter.provenance | note)
     _write(config.output, config.format.value, made, config.adapters)
     print(f"from the mean of the updates it is {measured.error:.3g}, relative to that")
+
+
+def _ema_shares(config: AdapterAverage, adapters: Sequence[Adapter]) -> list[float]:
+    """Of points of one run: how much of each a moving average would hold at the last of them; empty if not asked for.
+
+    A point stands for the steps since the one before it, and the first for all of its steps.
+    """
+    if config.ema_steps is None:
+        return []
+    if config.shares:
+        raise UserError(f"ema_steps={config.ema_steps:g}: gives the shares; leave shares={config.shares} out")
+    steps = [int(adapter.provenance.get("steps", -1)) for adapter in adapters]
+    if -1 in steps or len(set(steps)) < len(steps):
+        raise UserError(f"ema_steps={config.ema_steps:g}: needs points of one run; the adapters are of steps {steps}")
+    order = sorted(range(len(steps)), key=lambda index: steps[index])
+    last, shares, before = steps[order[-1]], [0.0] * len(steps), 0.0
+    for index in order:
+        so_far = math.exp((steps[index] - last) / config.ema_steps)
+        shares[index], before = so_far - before, so_far
+    return shares
 
 
 def resize(config: AdapterResize) -> None:

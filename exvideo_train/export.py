@@ -6,14 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from exvideo_train.config.commands import AdapterFormat, Export, Weights
+from exvideo_train.config.commands import Export, Weights
 from exvideo_train.entry import run_command
 from exvideo_train.errors import UserError
-from exvideo_train.extensions.adapter_file import PEFT_CONFIG, read_provenance
+from exvideo_train.extensions.adapter_file import read_provenance
 from exvideo_train.extensions.extension import Trained
-from exvideo_train.extensions.model_card import CARD, card_of, write_card
+from exvideo_train.extensions.model_card import check_card, finish_card
 from exvideo_train.extensions.provenance import make_provenance
-from exvideo_train.extensions.publish import check_push, push
 from exvideo_train.files import atomic_write_bytes, refuse_inputs
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.registry import FIRST_FAMILY, family_named
@@ -40,21 +39,20 @@ def export(config: Export) -> None:
     refuse_inputs("adapter", [target], {"run_dir": [*finals, *(run_dir / "checkpoints").rglob("*")]})
     if (run_dir / "checkpoints").resolve() in target.resolve().parents:
         raise UserError(f"adapter={target}: lies among the run's checkpoints; name a file outside")
-    if config.push is not None:
-        check_push(config.push)
-    if config.card or config.push:
-        card_of(target)
+    check_card(target, config)
     trained.extension.write(target, config.format.value, trained.tensors, trained.provenance)
     print(f"{target}: {config.format.value}, {trained.describe()}, {target.stat().st_size / 1e9:.3g} GB, from {source}")
     if config.card or config.push:
-        files = [target, *_describe(target, config, trained)]
-        if config.push:
-            print(f"pushed to {push(files, config.push, config.private)}: {', '.join(path.name for path in files)}")
+        facts = _facts(run_dir, trained)
+        curves = ""
+        if (run_dir / "curves.png").is_file():
+            curves = f"{target.stem}_curves.png"
+            atomic_write_bytes(target.with_name(curves), (run_dir / "curves.png").read_bytes())
+        finish_card(target, config.format, config, trained, facts, curves)
 
 
-def _describe(target: Path, config: Export, trained: Trained) -> list[Path]:
-    """Write the card, with the run's curves if it drew any; the files that belong to the adapter."""
-    run_dir, files = Path(config.run_dir), [target.with_name(CARD)]
+def _facts(run_dir: Path, trained: Trained) -> dict[str, Any]:
+    """What the run folder knows besides the adapter's own header."""
     facts: dict[str, Any] = {"trained": trained.extension.describe()}
     step = trained.provenance.get("steps")
     if step is not None and step_folder(run_dir, step).is_dir():
@@ -71,15 +69,7 @@ def _describe(target: Path, config: Export, trained: Trained) -> list[Path]:
     ):
         if losses:
             facts[name] = " and ".join(f"{loss:.4g}" for loss in dict.fromkeys((losses[0], losses[-1])))
-    if (run_dir / "curves.png").is_file():
-        files.append(target.with_name(f"{target.stem}_curves.png"))
-        atomic_write_bytes(files[-1], (run_dir / "curves.png").read_bytes())
-    if config.format is AdapterFormat.peft:
-        files.append(target.with_name(PEFT_CONFIG))
-    curves = next((path.name for path in files if path.suffix == ".png"), "")
-    write_card(target, config.format.value, trained.provenance, facts, config.push or "", curves)
-    print(files[0])
-    return files
+    return facts
 
 
 def find_trained(run_dir: Path, weights: Weights, step: int | None) -> tuple[Trained, Path]:

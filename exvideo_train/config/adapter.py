@@ -8,7 +8,7 @@ from typing import Annotated
 
 from omegaconf import MISSING
 
-from exvideo_train.config.commands import AdapterFormat, Weights
+from exvideo_train.config.commands import AdapterFormat, CardOptions, Weights
 from exvideo_train.config.options import Options, Range
 
 
@@ -39,7 +39,7 @@ class AdapterInspect(OneAdapter):
 
 
 @dataclass
-class AdapterConvert(OneAdapter):
+class AdapterConvert(OneAdapter, CardOptions):
     output: str = MISSING
     """File to write, ending in .safetensors; adapter_model.safetensors for format=peft."""
     format: AdapterFormat = MISSING
@@ -62,6 +62,9 @@ class AdapterAverage(AdapterOptions):
     """File to write, ending in .safetensors."""
     shares: Annotated[list[float], Range(-1e3, 1e3)] = field(default_factory=list)
     """Weight of each adapter; empty weighs all alike, and they add up to 1."""
+    ema_steps: Annotated[float | None, Range(above=0)] = None
+    """Weigh points of one run, by exp(-steps before the last / ema_steps) instead: the moving average that the run need
+    not have kept, as far as its checkpoints tell (post-hoc EMA, cf. arXiv 2312.02696)."""
     of: AverageOf = AverageOf.updates
     """updates: the mean of B @ A, brought to rank by SVD. factors: the means of A and of B, for points of one run."""
     rank: Annotated[int | None, Range(1, 8192)] = None

@@ -13,6 +13,7 @@ from omegaconf import MISSING
 
 from exvideo_train.config.experiment import Experiment
 from exvideo_train.config.options import Options, Range
+from exvideo_train.errors import UserError
 
 
 class AdapterFormat(Enum):
@@ -46,7 +47,25 @@ class Train(Experiment):
 
 
 @dataclass
-class Export(Options):
+class CardOptions(Options):
+    card: bool = False
+    """Write README.md beside the file: base model and its licence, frames, steps, samples, losses, verdicts, and how to
+    load it."""
+    evaluation: str | None = None
+    """results.json of `python -m exvideo_train.evaluate`, or its folder, whose verdicts go into the card."""
+    push: str | None = None
+    """Repository on the hub, owner/name, that gets the file and its card; `hf auth login` first."""
+    private: bool = True
+    """Whether a repository that push makes is private."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.evaluation is not None and not (self.card or self.push):
+            raise UserError(f"evaluation={self.evaluation}: goes into the card; set card=true")
+
+
+@dataclass
+class Export(CardOptions):
     run_dir: str = MISSING
     """Run folder of launch/train.py."""
     adapter: str = MISSING
@@ -58,12 +77,6 @@ class Export(Options):
     """raw, or ema when the run kept a moving average."""
     step: int | None = None
     """Checkpoint step to export; unset takes the newest."""
-    card: bool = False
-    """Write README.md beside the file: base model, frames, steps, samples, losses, and how to load it."""
-    push: str | None = None
-    """Repository on the hub, owner/name, that gets the file and its card; `hf auth login` first."""
-    private: bool = True
-    """Whether a repository that push makes is private."""
 
 
 class PromptSet(Enum):

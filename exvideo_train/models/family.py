@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -113,5 +113,7 @@ class Family(Generic[Config]):
     """A :class:`~exvideo_train.models.stages.Draw` function."""
     weights_stem: str = "diffusion_pytorch_model"
     """Name of the network's weights before ``.safetensors``."""
+    licences: Mapping[str, str] = field(default_factory=dict)
+    """Hub ids, and the hub's short name of their licence."""
     takes_image: bool = False
     """Whether a video is made from an image, its first frame."""

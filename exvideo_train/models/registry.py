@@ -98,6 +98,11 @@ def likely_family(model: str) -> Family[Any]:
     return known_family(model) or FAMILIES[0]
 
 
+def known_licence(model: str) -> str:
+    """The hub's short name of a model's licence; empty for a model that no family knows."""
+    return next((family.licences[model] for family in FAMILIES if model in family.licences), "")
+
+
 def check_geometries(geometries: Iterable[Geometry], model: str) -> None:
     """Refuse geometries that a model cannot take, as soon as its family is known.
 

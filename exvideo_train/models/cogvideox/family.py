@@ -45,4 +45,5 @@ COGVIDEOX: Family[CogVideoXConfig] = Family(
     text_encoder=Later("exvideo_train.models.cogvideox.encoders:TextEncoder"),
     video_encoder=Later("exvideo_train.models.cogvideox.encoders:VideoEncoder"),
     draw=Later("exvideo_train.models.cogvideox.sampler:draw"),
+    licences=published.LICENCE_BY_HUB_ID,
 )

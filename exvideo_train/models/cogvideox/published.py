@@ -94,6 +94,14 @@ _SCHEDULER: dict[str, Any] = {
 SCHEDULER_5B: dict[str, Any] = {**_SCHEDULER, "snr_shift_scale": 1.0}
 SCHEDULER_2B: dict[str, Any] = {**_SCHEDULER, "snr_shift_scale": 3.0}
 
+# As the hub's model cards name them: 5B has terms of its own, which "other" stands for.
+LICENCE_BY_HUB_ID = {
+    "THUDM/CogVideoX-5b": "other",
+    "zai-org/CogVideoX-5b": "other",
+    "THUDM/CogVideoX-2b": "apache-2.0",
+    "zai-org/CogVideoX-2b": "apache-2.0",
+}
+
 # The hub ids under which the configs above are published, for resolving a plan's model without its weights.
 TRANSFORMER_BY_HUB_ID: dict[str, dict[str, Any]] = {
     "THUDM/CogVideoX-5b": TRANSFORMER_5B,

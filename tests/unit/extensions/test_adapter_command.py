@@ -1,5 +1,6 @@
 """``python -m exvideo_train.adapter``: what it makes of adapters, against whole matrices."""
 
+import math
 import sys
 import weakref
 
@@ -165,6 +166,29 @@ def test_checkpoints_and_their_moving_averages_are_averaged(tmp_path, monkeypatc
     for module, update in whole(output).items():
         torch.testing.assert_close(update, (one[module] + other[module]) / 2, rtol=1e-5, atol=1e-5)
     assert read_adapter(output).provenance["steps"] == 2
+
+
+def test_an_average_after_the_run_is_that_of_a_course_in_jumps(tmp_path, monkeypatch, capsys):
+    """Against the moving average itself, step by step, of weights that jump at each checkpoint."""
+    files = {}
+    for step, seed in ((30, 0), (10, 1), (60, 2)):
+        files[step] = tmp_path / f"{step}.safetensors"
+        about = {"base_model": "owner/base", "steps": step}
+        write_adapter(files[step], "diffusers", tensors_of(seed), 2, 4.0, ["attn1.to_q", "ff.net.0.proj"], about)
+    output, decay = tmp_path / "mean.safetensors", math.exp(-1 / 20)
+    words = ("average", f"adapters=[{','.join(map(str, files.values()))}]", f"output={output}", "rank=6")
+    run(monkeypatch, *words, "ema_steps=20")
+    mean = dict.fromkeys(MODULES, 0.0)
+    whole_at = {step: whole(file) for step, file in files.items()}
+    # The first point for all of the past, so that nothing is left of a beginning.
+    for step in range(-1000, 61):
+        at = whole_at[next(point for point in sorted(files) if step <= point)]
+        mean = {module: decay * mean[module] + (1 - decay) * at[module] for module in MODULES}
+    for module, update in whole(output).items():
+        torch.testing.assert_close(update, mean[module], rtol=1e-4, atol=1e-5)
+    assert "leave shares" in refusal(monkeypatch, capsys, *words, "ema_steps=20", "shares=[0.2,0.3,0.5]")
+    twice = f"adapters=[{files[10]},{files[10]}]"
+    assert "points of one run" in refusal(monkeypatch, capsys, "average", twice, f"output={output}", "ema_steps=20")
 
 
 def test_merge_is_that_of_peft_in_the_published_shards(tmp_path, monkeypatch, capsys, tiny_model_5b):

@@ -10,7 +10,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from exvideo_train.config.commands import Export, Train, Weights
+from exvideo_train.adapter import convert
+from exvideo_train.config.adapter import AdapterConvert
+from exvideo_train.config.commands import AdapterFormat, Export, Train, Weights
 from exvideo_train.errors import UserError
 from exvideo_train.export import export, find_trained
 from exvideo_train.extensions.adapter_file import read_adapter, write_adapter
@@ -161,7 +163,11 @@ def test_a_card_says_what_the_run_knows_and_goes_to_the_hub(run_dir, tmp_path, h
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (run_dir / "curves.png").write_bytes(b"a picture")
     target = tmp_path / "out" / "a.safetensors"
-    export(Export(run_dir=str(run_dir), adapter=str(target), push="me/mine"))
+    found = {"measure": "sharpness", "num_pairs": 40, "mean": 2.0, "baseline_mean": 1.0, "difference": 1.0}
+    found |= {"low": 0.5, "high": 1.5, "p_value": 1e-6, "verdict": "better", "num_needed": 9}
+    results = {"measures": {"sharpness": {"title": "Sharpness | end", "unit": ""}}, "comparisons": {"with": [found]}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    export(Export(run_dir=str(run_dir), adapter=str(target), push="me/mine", evaluation=str(tmp_path)))
     card = target.with_name("README.md").read_text()
     for words in (
         "| steps | `10` |",
@@ -173,6 +179,7 @@ def test_a_card_says_what_the_run_knows_and_goes_to_the_hub(run_dir, tmp_path, h
         'load_lora_weights("me/mine", weight_name="a.safetensors")',
         "format=diffsynth",
         "![Curves of the training](<a_curves.png>)",
+        "| Sharpness end | with: 2 | 1 | +1 (0.5 to 1.5) | 40 | better |",
     ):
         assert words in card
     hub.create_repo.assert_called_once_with("me/mine", repo_type="model", private=True, exist_ok=True)
@@ -201,7 +208,42 @@ def test_a_push_that_fails_leaves_the_files(run_dir, tmp_path, hub):
 
 def test_a_card_holds_nothing_that_a_name_could_make_of_it(tmp_path):
     about = {"base_model": "a`\n# <script>|[x](y)", "num_frames": 9, "height": 64, "width": 96, "fps": 8.0}
-    write_card(tmp_path / "a.safetensors", "kohya", about, {}, "", "")
+    write_card(tmp_path / "a.safetensors", "kohya", about, {})
     text = (tmp_path / "README.md").read_text()
     assert "<script>" not in text.replace(json.dumps(about["base_model"]), "")
     assert "| base model | `a # script x (y)` |" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "not what evaluate writes"),
+        ("[]", "not what evaluate writes"),
+        ('{"measures": {}, "comparisons": {"a": [{"measure": "b"}]}}', "not what evaluate writes"),
+        (None, "does not exist"),
+    ],
+)
+def test_an_evaluation_that_is_none_is_refused_before_anything_is_written(run_dir, tmp_path, text, says):
+    write_step(run_dir, 10, 1.0)
+    target, results = tmp_path / "out" / "a.safetensors", tmp_path / "results.json"
+    if text is not None:
+        results.write_text(text)
+    with pytest.raises(UserError, match=rf"{results}.*{says}"):
+        export(Export(run_dir=str(run_dir), adapter=str(target), card=True, evaluation=str(results)))
+    assert not target.exists()
+    with pytest.raises(UserError, match="set card=true"):
+        Export(run_dir="r", adapter="a", evaluation="e")
+
+
+@pytest.mark.parametrize(("base", "licence"), [("zai-org/CogVideoX-2b", "apache-2.0"), ("/my/model", "")])
+def test_a_converted_file_has_a_card_with_the_licence_of_its_base(run_dir, tmp_path, base, licence, hub):
+    write_step(run_dir, 10, 1.0)
+    trained, _ = find_trained(run_dir, Weights.raw, None)
+    source, target = tmp_path / "a.safetensors", tmp_path / "out" / "b.safetensors"
+    provenance = {**trained.provenance, "base_model": base}
+    trained.extension.write(source, "diffusers", trained.tensors, provenance)
+    convert(AdapterConvert(adapter=str(source), output=str(target), format=AdapterFormat.kohya, push="me/mine"))
+    card = target.with_name("README.md").read_text()
+    assert (f'license: "{licence}"' in card) == bool(licence)
+    assert f"| licence of the base model | `{licence or 'not known here'}` |" in card
+    assert hub.upload_folder.call_args.kwargs["allow_patterns"] == ["b.safetensors", "README.md"]
