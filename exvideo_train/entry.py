@@ -64,6 +64,9 @@ def run_command(
 
     A :class:`UserError` ends the process with status 2 and its message alone.
     """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # Before torch reads it. Clips of several sizes, and VAE beside DiT, else leave holes that nothing fits in.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     options: ConfigT | None = None
     try:
         flags, overrides = _split_arguments(_without_launcher_arguments(sys.argv[1:]))
@@ -306,4 +309,8 @@ def help_text(config_class: type, config: DictConfig, usage: str) -> str:
 def _type_name(kind: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return " | ".join(member.name for member in kind)
+    if any(isinstance(one, type) and issubclass(one, Enum) for one in get_args(kind)):
+        return " | ".join(_type_name(one) if one is not type(None) else "null" for one in get_args(kind))
+    if kind is Any:
+        return "str | list | null"
     return kind.__name__ if isinstance(kind, type) and not getattr(kind, "__args__", None) else str(kind)
