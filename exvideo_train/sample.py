@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from exvideo_train.config.commands import Sample
 from exvideo_train.entry import run_command
-from exvideo_train.errors import UserError
 from exvideo_train.files import refuse_inputs
 from exvideo_train.signals import INTERRUPTED_STATUS, sigterm_interrupts
 
@@ -27,6 +26,8 @@ Make videos from prompts, with adapters, and from the same noise without them. F
 
 def sample(config: Sample) -> None:
     """Check everything that can be checked, then sample."""
+    from exvideo_train.devices import choose_devices
+
     devices = choose_devices(config.device)
     if config.latents is not None:
         from exvideo_train.sampling.kept import decode_kept
@@ -112,26 +113,6 @@ def make_job(config: Sample) -> Job:
     job = Job(sampling, config.model.path, tuple(requests), output, config.keep_latents, config.overwrite)
     refuse_inputs("output", job.targets(), inputs)
     return job
-
-
-def choose_devices(names: str) -> list[str]:
-    """Of ``device=``: ``auto`` is every GPU, or the CPU where there is none.
-
-    Raises:
-        UserError: no such device here.
-    """
-    import torch
-
-    if names == "auto":
-        return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-    devices = [name.strip() for name in names.split(",")]
-    for name in devices:
-        try:
-            torch.empty(1, device=torch.device(name))
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-            reason = str(error).split("\n")[0]
-            raise UserError(f"device={name}: cannot be used here ({reason}); use auto, cpu or cuda:0") from error
-    return devices
 
 
 def describe(path: Path, trained: Trained, config: Sample) -> str:

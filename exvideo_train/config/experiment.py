@@ -185,6 +185,14 @@ class MemoryConfig(Options, group="memory"):
     compile: bool = False
     """Compile each block with torch.compile (first step slower by minutes)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile and self.zero_stage == 3:
+            raise UserError(
+                "memory.compile=true: ZeRO-3 gathers parameters by hooks that break up every compiled block, which "
+                "makes it no faster; set memory.zero_stage=2 or memory.compile=false"
+            )
+
 
 @dataclass
 class ParallelConfig(Options, group="parallel"):

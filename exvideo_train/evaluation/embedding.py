@@ -21,6 +21,7 @@ from torch import Tensor
 
 from exvideo_train.clips.container import UnreadableClip
 from exvideo_train.clips.workers import Failure
+from exvideo_train.devices import choose_devices
 from exvideo_train.errors import UserError
 from exvideo_train.evaluation.reading import Reading, read_frames
 
@@ -83,7 +84,7 @@ class Networks:
     """
 
     def __init__(self, clip: str | None, dino: str | None, device: str) -> None:
-        self.device = _device(device)
+        self.device = torch.device(choose_devices(device)[0])
         self.clip = self.dino = self.tokenizer = None
         if clip is not None:
             from transformers import CLIPModel, CLIPTokenizer
@@ -178,15 +179,3 @@ def _told(option: str, name: str, load: Any) -> Any:
             f"{option}={name}: cannot be loaded ({reason}); name a folder with config.json, model.safetensors and, of "
             "CLIP, its tokenizer, or a model on the hub that has them"
         ) from error
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        reason = str(error).split("\n")[0]
-        raise UserError(f"device={name}: cannot be used here ({reason}); use auto, cpu or cuda:0") from error
-    return device

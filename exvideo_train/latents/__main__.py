@@ -10,10 +10,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
 
 from exvideo_train.config.latents import InspectLatents, StoreAction
 from exvideo_train.entry import run_command
+from exvideo_train.devices import choose_devices
 from exvideo_train.errors import UserError
 from exvideo_train.latents.inspection import describe_stats, write_previews
 from exvideo_train.latents.store import LatentStore
@@ -54,9 +54,7 @@ def _verify(config: InspectLatents, store: LatentStore) -> None:
 def _preview(config: InspectLatents, store: LatentStore) -> None:
     if not config.model_path:
         raise UserError("model_path is not given: preview needs the model that encoded the store")
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_devices(config.device)[0]
     folder = Path(config.output) if config.output else store.path / "reports"
     if not config.output:
         exists_inside(store.path, folder)

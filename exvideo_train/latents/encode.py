@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from exvideo_train import locks
 from exvideo_train.clips.record import ClipRecord
 from exvideo_train.config.latents import EncodeEngine, EncodeLatents
+from exvideo_train.devices import choose_devices
 from exvideo_train.errors import UserError
 from exvideo_train.files import atomic_write_bytes, atomic_write_json, parse_json, read_regular
 from exvideo_train.geometry import Geometry
@@ -95,8 +96,6 @@ def find_launch(device: str) -> Launch:
     Raises:
         UserError: a device that is not there.
     """
-    import torch
-
     is_alone = int(os.environ.get("WORLD_SIZE", "1")) <= 1
     rank = local_rank = 0
     if not is_alone:
@@ -107,13 +106,7 @@ def find_launch(device: str) -> Launch:
         # Over the CPU: coordinating needs no GPU memory. The first rank may plan a million clips meanwhile.
         state = PartialState(cpu=True, backend="gloo", timeout=timedelta(hours=6))
         rank, local_rank = state.process_index, state.local_process_index
-    num_gpus = torch.cuda.device_count()
-    if device == "auto":
-        devices = [f"cuda:{index}" for index in range(num_gpus)] or ["cpu"]
-    elif device == "cpu" or (device.startswith("cuda:") and device[5:].isdigit() and int(device[5:]) < num_gpus):
-        devices = [device]
-    else:
-        raise UserError(f"device={device}: this machine has {num_gpus} GPUs; use device=auto, cpu or cuda:N")
+    devices = choose_devices(device)
     # One process deals a machine's clips out to all its devices as they ask: a slow one holds up nobody.
     devices = [] if local_rank else devices
     if is_alone:

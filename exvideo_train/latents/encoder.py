@@ -40,8 +40,17 @@ class ClipEncoder:
     def __init__(self, settings: EncodeSettings, device: str) -> None:
         import torch
 
+        from exvideo_train.devices import cudnn_is_sound, cudnn_version
         from exvideo_train.models.stages import torch_dtype
 
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+            if not cudnn_is_sound():
+                print(
+                    f"warning: {device}: torch has loaded cuDNN {cudnn_version()}; up to 9.15.0 it has no fast kernels "
+                    "for the VAE in bf16: another cuDNN on LD_LIBRARY_PATH may hide torch's own",
+                    flush=True,
+                )
         if device == "cpu":
             # Threads that wait for each other on cores taken by decoding cost 40 times more than they bring.
             torch.set_num_threads(max(1, torch.get_num_threads() - settings.decode_workers))

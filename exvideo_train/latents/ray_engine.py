@@ -101,12 +101,12 @@ class EncodeActor:
     """T5 and VAE on one device; writes what it encodes and returns how that went."""
 
     def __init__(self, settings: EncodeSettings) -> None:
-        import torch
+        from exvideo_train.devices import gpus
 
         self._settings = settings
         self._store = LatentStore.open(settings.store_path)
         self._quarantine = Quarantine(settings.store_path, settings.geometry)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = (gpus() or ["cpu"])[0]
         self._timeout_seconds = settings.seconds_to_encode(device)
         # Within the time that a hanging encoder has: to wait for another one is not to hang.
         patience = min(PATIENCE_SECONDS, self._timeout_seconds / 4)

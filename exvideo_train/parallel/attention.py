@@ -8,6 +8,7 @@ Axis letters: B batch, N heads, S joint sequence, D head dim.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exvideo_train.config.experiment import AttentionKernel
+from exvideo_train.devices import cudnn_is_sound, cudnn_version
 from exvideo_train.errors import UserError
 from exvideo_train.parallel.sequence import Attend
 
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # cuDNN is the fastest on Hopper and newer, flash on Ampere; torch's own order knows which, from 2.11 on.
 BACKENDS = {
     AttentionKernel.flash: [SDPBackend.FLASH_ATTENTION],
@@ -36,16 +39,18 @@ def choose_attention(
     Raises:
         UserError: the kernel asked for does not run here, or none but the one that builds the whole map does.
     """
-    if kernel is AttentionKernel.cudnn and device.type == "cuda" and not _cudnn_is_safe():
+    if kernel is AttentionKernel.cudnn and device.type == "cuda" and not cudnn_is_sound():
         raise UserError(
-            f"memory.attention=cudnn: with torch {torch.__version__} cuDNN's attention is unsafe for lengths that "
-            "128 does not divide, as all of CogVideoX's; use torch 2.11 or newer, or memory.attention=auto"
+            f"memory.attention=cudnn: attention of the cuDNN that torch has loaded ({cudnn_version()}) is unsafe for "
+            "lengths that 128 does not divide, as all of CogVideoX's; it takes one newer than 9.15.0: look for another "
+            "cuDNN on LD_LIBRARY_PATH, which hides torch's own, or use memory.attention=auto"
         )
     prefers_package = kernel is AttentionKernel.auto and device.type == "cuda" and _has_flash_attn(device)
     if kernel is AttentionKernel.flash_attn or prefers_package:
         attend = _flash_attn_package()
     elif kernel is AttentionKernel.auto:
-        attend = F.scaled_dot_product_attention
+        is_unsafe = device.type == "cuda" and not cudnn_is_sound()
+        attend = _sdpa_with(WITHOUT_CUDNN) if is_unsafe else F.scaled_dot_product_attention
     else:
         attend = _sdpa_with(BACKENDS[kernel])
     name = probe_kernel(attend, device, dtype, num_heads, head_dim)
@@ -55,17 +60,24 @@ def choose_attention(
             f"{torch.cuda.get_device_name(device)} (192 GB at 129 frames); use model.dtype=bf16, or install "
             "flash-attn (--no-build-isolation), or set memory.attention=math for small sizes"
         )
+    if kernel is AttentionKernel.auto and device.type == "cuda" and name != "cudnn" and _is_hopper_or_newer(device):
+        print(
+            f"warning: attention runs on the {name} kernel, not on cuDNN, the fastest on "
+            f"{torch.cuda.get_device_name(device)}: torch has loaded cuDNN {cudnn_version()}, which must be newer than "
+            "9.15.0; another one on LD_LIBRARY_PATH hides torch's own",
+            file=sys.stderr,
+            flush=True,
+        )
     return attend, name
 
 
-def _cudnn_is_safe() -> bool:
-    major, minor = torch.__version__.split(".")[:2]
-    return (int(major), int(minor)) >= (2, 11)
+def _is_hopper_or_newer(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _has_flash_attn(device: torch.device) -> bool:
     """flash-attn is preferred where torch's cuDNN path is not: below Hopper."""
-    if torch.cuda.get_device_capability(device) >= (9, 0):
+    if _is_hopper_or_newer(device):
         return False
     try:
         import flash_attn  # noqa: F401

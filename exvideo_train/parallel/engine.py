@@ -91,14 +91,13 @@ class TrainingEngine:
         self.mesh = mesh
         self._accumulation_steps = optim.accumulation_steps
         self._ema_decay = optim.ema_decay
-        on_gpu = mesh.device.type == "cuda" and not config.memory.offload_optimizer
         self.optimizer = torch.optim.AdamW(
             list(self.trainable.values()),
             lr=optim.lr,
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
             weight_decay=optim.weight_decay,
-            fused=on_gpu,
+            fused=True,
         )
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=None

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from exvideo_train.devices import gpus
 from exvideo_train.errors import UserError
 
 ResultT = TypeVar("ResultT")
@@ -182,7 +183,7 @@ def init_mesh(sequence_size: int, rank_timeout_seconds: float) -> Mesh:
     if "SLURM_PROCID" in os.environ and torch.cuda.device_count() == 1:
         # Slurm was asked to show each task its own GPU only (--gpus-per-task=1).
         os.environ["LOCAL_RANK"] = "0"
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    on_gpu = bool(gpus())
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)

@@ -86,6 +86,8 @@ def make_videos(job: Job, device: str, tell: Callable[[Message], None]) -> None:
     Raises:
         UserError: a part of the model does not fit, or a file cannot be written.
     """
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     unfinished = [video for video in job.videos() if not video[2].is_finished(video[3], job.overwrite)]
     sampler: Sampler | None = None
     for request, variant, files, record in unfinished:

@@ -23,6 +23,9 @@ from exvideo_train.files import parse_json, read_regular, short
 MEASURES_FILE = "measures.json"
 PROMPTS_FILE = "prompts.jsonl"
 LOG_FILE = "log.txt"
+# Processes beside training give way to it. A command, as code between fork and exec may wait for ever in a process that
+# has threads.
+AT_LOW_PRIORITY = ("nice", "-n", "10")
 _MAX_BYTES = 64 << 20
 Record = dict[str, Any]
 
@@ -93,7 +96,7 @@ class SampleMeasures:
             self.poll()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "exvideo_train.evaluation.samples", str(self._folder)]
+        command = [*AT_LOW_PRIORITY, sys.executable, "-m", "exvideo_train.evaluation.samples", str(self._folder)]
         try:
             with open(self._folder / LOG_FILE, "ab") as log_file:
                 self._process = subprocess.Popen(
@@ -101,7 +104,6 @@ class SampleMeasures:
                     stdout=log_file,
                     stderr=subprocess.STDOUT,
                     env=dict(self.environment),
-                    preexec_fn=be_nice,
                     start_new_session=True,
                 )
         except OSError as error:
@@ -180,11 +182,6 @@ def check_samples(means: Any) -> None:
         for name, value in values.items():
             if value is not None and type(value) not in (int, float):
                 raise ValueError(f"{short(name)}={short(value)} where a number should be")
-
-
-def be_nice() -> None:
-    """Give way to training."""
-    os.nice(10)
 
 
 def _step_of(folder: Path) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from exvideo_train.config.experiment import Experiment, plain_config
 from exvideo_train.files import atomic_write_text
-from exvideo_train.training.sample_measures import LOG_FILE, MEASURES_FILE, PROMPTS_FILE, be_nice
+from exvideo_train.training.sample_measures import AT_LOW_PRIORITY, LOG_FILE, MEASURES_FILE, PROMPTS_FILE
 
 
 class SampleProcess:
@@ -54,11 +54,10 @@ class SampleProcess:
         atomic_write_text(prompts_file, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
         log_file = open(self._folder / LOG_FILE, "wb")  # noqa: SIM115 (the child keeps it)
         self._process = subprocess.Popen(
-            self._command(adapter, prompts_file),
+            [*AT_LOW_PRIORITY, *self._command(adapter, prompts_file)],
             stdout=log_file,
             stderr=subprocess.STDOUT,
             env=environment(),
-            preexec_fn=be_nice,
             start_new_session=True,
         )
         log_file.close()

@@ -25,6 +25,8 @@ def machine(monkeypatch):
     """Sets the number of GPUs, and what a launcher would: rank, ranks, local rank."""
 
     def describe(num_gpus, rank=0, world_size=1, local_rank=0):
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
         monkeypatch.delenv("WORLD_SIZE", raising=False)
         if world_size > 1:

@@ -22,7 +22,7 @@ from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_parame
 from exvideo_train.extensions.provenance import make_provenance
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.registry import load_backbone
-from exvideo_train.sample import choose_devices, sample
+from exvideo_train.sample import sample
 from exvideo_train.sampling.output import _Watched
 from exvideo_train.sampling.video import read_mp4
 
@@ -69,12 +69,6 @@ def test_hydra_quotes_stay_quotes(quoted):
 
 def test_null_unsets():
     assert compose("prompt=null").prompt is None
-
-
-@pytest.mark.parametrize("name", ["nonsense", "cuda:99"])
-def test_a_device_that_is_not_there(name):
-    with pytest.raises(UserError, match=f"device={name}"):
-        choose_devices(name)
 
 
 def run_sample(run_command, model_path, output, *options, **kwargs):
