@@ -100,6 +100,7 @@ def make_job(config: Sample) -> Job:
         positions=config.positions.value,
         vae_tiling=config.vae_tiling,
         attention=config.memory.attention,
+        feed_forward_chunks=config.memory.feed_forward_chunks,
         files=files,
     )
     for request in requests:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from exvideo_train.config.experiment import Dtype, MemoryConfig
-from exvideo_train.parallel.activation_checkpointing import block_runner
+from exvideo_train.parallel.activation_checkpointing import HostMemory, block_runner, chunk_runner
 from exvideo_train.parallel.attention import choose_attention
 from exvideo_train.parallel.mesh import Mesh, check_mesh
 from exvideo_train.parallel.sequence import Attend, SequenceSplit
@@ -29,6 +29,7 @@ def parallelize(
     compute_dtype: torch.dtype,
     has_dropout: bool,
     attend: Attend | None = None,
+    host: HostMemory | None = None,
 ) -> str:
     """Apply attention kernel, sequence parallelism, compilation, recomputation and autocast to what is trained.
 
@@ -39,6 +40,7 @@ def parallelize(
         compute_dtype: what attention is computed in.
         has_dropout: blocks draw random numbers, which recomputation must draw again alike.
         attend: the attention to take instead of ``memory.attention``, unprobed: a plan has no device to run one on.
+        host: where offloaded activations go, instead of real memory: a plan counts them there.
 
     Returns:
         The name of the attention kernel that runs, for the log.
@@ -71,13 +73,26 @@ def parallelize(
         for block in getattr(backbone, "blocks", [backbone]):
             block.compile()
 
-    # 4. Recomputation last and outermost, so that it sees the block as it will run.
-    runner = block_runner(memory.recompute, has_dropout=has_dropout)
+    # 4. Feed-forward layers in pieces, within what is recomputed.
+    run_in_chunks(backbone, memory.feed_forward_chunks, has_dropout)
+
+    # 5. Recomputation last and outermost, so that it sees the block as it will run.
+    inputs_on = (host or HostMemory()) if memory.offload_activations else None
+    runner = block_runner(memory.recompute, has_dropout, inputs_on)
     if runner is not None and hasattr(backbone, "run_block"):
         backbone.run_block = runner  # type: ignore[assignment]
 
-    # 5. Autocast inside the forward pass: on CUDA, DeepSpeed's engine turns off one that is on around it.
+    # 6. Autocast inside the forward pass: on CUDA, DeepSpeed's engine turns off one that is on around it.
     if compute_dtype != torch.float32:
         autocast = torch.autocast(mesh.device.type, dtype=compute_dtype)
         backbone.forward = autocast(backbone.forward)  # type: ignore[method-assign]
     return kernel
+
+
+def run_in_chunks(backbone: nn.Module, num_chunks: int, has_dropout: bool = False) -> None:
+    """Let what sees one token at a time (``run_by_token``) take the sequence in pieces; 1 leaves it as it is."""
+    if num_chunks > 1:
+        runner = chunk_runner(num_chunks, has_dropout)
+        for module in backbone.modules():
+            if hasattr(module, "run_by_token"):
+                module.run_by_token = runner  # type: ignore[assignment]

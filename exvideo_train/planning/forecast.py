@@ -229,6 +229,8 @@ def _work(config: Plan, model: Model, geometry: Geometry) -> Work:
         weights_dtype=dtype,
         kernel=TracedKernel.math if config.memory.attention is AttentionKernel.math else TracedKernel.fused,
         sequence_size=config.parallel.sequence,
+        offload_activations=config.memory.offload_activations,
+        feed_forward_chunks=config.memory.feed_forward_chunks,
     )
 
 
@@ -242,6 +244,7 @@ def memory_of(model: Model, work: Work, size: Sizes, sharding: Sharding) -> Step
         backward_peak=trace.backward_peak_bytes,
         workspace=_attention_workspace(model, work, size),
         batch=_batch_bytes(work),
+        host=trace.host_bytes,
     )
 
 

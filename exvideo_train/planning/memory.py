@@ -152,7 +152,13 @@ class StepMemory:
 
 
 def step_memory(
-    optimizer: OptimizerMemory, forward_peak: int, kept: int, backward_peak: int, workspace: int, batch: int
+    optimizer: OptimizerMemory,
+    forward_peak: int,
+    kept: int,
+    backward_peak: int,
+    workspace: int,
+    batch: int,
+    host: int = 0,
 ) -> StepMemory:
     """Put a trace's activations and the optimizer's bytes together, at the moment when their sum is largest.
 
@@ -160,6 +166,7 @@ def step_memory(
         forward_peak, kept, backward_peak: of a :class:`exvideo_train.planning.trace.StepTrace`, in bytes.
         workspace: that the attention kernel takes for itself in its backward pass.
         batch: latents, noise and text of a micro-step, which are there at every moment.
+        host: activations that wait in host memory.
     """
     moments = {
         "forward": (kept, forward_peak - kept, optimizer.gradients_forward),
@@ -179,5 +186,5 @@ def step_memory(
         kept=kept_now,
         working=working,
         runtime=RUNTIME_BYTES + int(FRAGMENTATION_SHARE * allocated),
-        host=optimizer.host,
+        host=optimizer.host + host,
     )

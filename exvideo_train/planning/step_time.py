@@ -16,7 +16,7 @@ from exvideo_train.planning.trace import StepTrace
 FP32_SHARE_OF_PEAK = 1 / 16
 # Parameters a second that AdamW updates on the host, a rank: assumed, memory-bound at 20 GB/s and 28 bytes a parameter.
 HOST_UPDATES_PER_SECOND = 0.7e9
-# One direction of PCIe 4.0 x16, which offloaded gradients and parameters cross.
+# One direction of PCIe 4.0 x16, which offloaded activations, gradients and parameters cross.
 HOST_LINK_BYTES_PER_SECOND = 32e9
 
 
@@ -74,10 +74,10 @@ def step_time(
     )
     sequence_bytes = micro_steps * trace.sequence_wire_bytes
     data_bytes = zero_wire_bytes(sharding)
-    offload = 0.0
+    offload = micro_steps * 2 * trace.host_bytes / HOST_LINK_BYTES_PER_SECOND
     if sharding.offload:
         part = sharding.trained / sharding.world_size
-        offload = 2 * FP32_BYTES * part / HOST_LINK_BYTES_PER_SECOND + part / HOST_UPDATES_PER_SECOND
+        offload += 2 * FP32_BYTES * part / HOST_LINK_BYTES_PER_SECOND + part / HOST_UPDATES_PER_SECOND
     return StepTime(
         products=micro_steps * product_flops / (share * MATMUL_SHARE * device.peak_flops),
         attention=micro_steps * attention / share,

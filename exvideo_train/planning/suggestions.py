@@ -16,6 +16,10 @@ from exvideo_train.planning.forecast import Forecast, Model, forecast
 
 # What plan suggests at most.
 MAX_SUGGESTIONS = 6
+# Changes that are tried together, when fewer do not help.
+MOST_CHANGES = 3
+# Pieces that feed-forward layers are cut into; more save little more.
+FEED_FORWARD_CHUNKS = 8
 SHORTER_FRAMES = (193, 161, 129, 97, 81, 65, 49)
 # Devices with more memory that are commonly rented, smaller first.
 LARGER_DEVICES = (DeviceKind.a100_40gb, DeviceKind.a100_80gb, DeviceKind.h200)
@@ -56,9 +60,12 @@ def ways_to_fit(config: Plan, model: Model) -> list[Suggestion]:
     """
     exact = list(_exact_changes(config))
     found = _fitting(config, model, exact, same_adapter=True)
-    if not found:
-        pairs = [a + b for a, b in itertools.combinations(exact, 2) if a[0][0] != b[0][0]]
-        found = _fitting(config, model, pairs, same_adapter=True)
+    for number in range(2, MOST_CHANGES + 1):
+        if found:
+            break
+        groups = itertools.combinations(exact, number)
+        together = [sum(group, ()) for group in groups if len({change[0][0] for change in group}) == number]
+        found = _fitting(config, model, together, same_adapter=True)
     found = sorted(found, key=_cost)[:MAX_SUGGESTIONS]
     found += _fitting(config, model, _larger_devices(config), same_adapter=True)
     return found + _fitting(config, model, _changes_of_result(config), same_adapter=False)
@@ -118,6 +125,10 @@ def _exact_changes(config: Plan) -> Iterator[Changes]:
             yield (("memory.zero_stage", stage),)
     if not memory.offload_optimizer:
         yield (("memory.offload_optimizer", True),)
+    if not memory.offload_activations and memory.recompute is not Recompute.none:
+        yield (("memory.offload_activations", True),)
+    if memory.feed_forward_chunks < FEED_FORWARD_CHUNKS:
+        yield (("memory.feed_forward_chunks", FEED_FORWARD_CHUNKS),)
     for ranks in (2, 4, 8):
         # More than a node's ranks would talk over the network; accumulation keeps the samples of a step.
         if config.parallel.sequence < ranks <= config.gpus_per_node:

@@ -32,6 +32,7 @@ from exvideo_train.extensions.extension import Extension
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.family import Family
 from exvideo_train.models.noise_levels import squared_error
+from exvideo_train.parallel.activation_checkpointing import HostMemory
 from exvideo_train.parallel.attention import attend_by_shape
 from exvideo_train.parallel.mesh import Mesh
 from exvideo_train.parallel.parallelize import parallelize
@@ -64,6 +65,7 @@ class Work:
         config: the backbone's config, of ``family``'s config class.
         extension: what is trained; None trains the whole backbone instead (to show what freezing saves).
         recompute: the policy of activation checkpointing.
+        offload_activations, feed_forward_chunks: as in ``memory``.
         compute_dtype: of autocast; float32 runs without it.
         weights_dtype: of the backbone's weights.
         sequence_size: ranks that share the sample; the trace is of the first rank, which has the longest slice.
@@ -79,6 +81,8 @@ class Work:
     weights_dtype: torch.dtype = torch.bfloat16
     kernel: TracedKernel = TracedKernel.fused
     sequence_size: int = 1
+    offload_activations: bool = False
+    feed_forward_chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class StepTrace:
         forward_peak_bytes: most bytes alive during the forward pass.
         kept_bytes: alive between forward and backward: the batch and what the backward pass needs.
         backward_peak_bytes: most bytes alive during the backward pass, without parameter gradients.
+        host_bytes: kept in host memory in between; they cross to it and back once each.
     """
 
     forward_flops: int
@@ -106,6 +111,7 @@ class StepTrace:
     forward_peak_bytes: int
     kept_bytes: int
     backward_peak_bytes: int
+    host_bytes: int
 
     def _deeper(self, shallower: StepTrace, num_blocks: int) -> StepTrace:
         """This trace with more blocks, each of which adds what the last one here added to ``shallower``."""
@@ -140,13 +146,19 @@ def trace_blocks(work: Work, num_blocks: int | None) -> StepTrace:
         _place_on_fake_cpu(model)
         model.train()
         mesh = Mesh(0, work.sequence_size, work.sequence_size, torch.device("cpu"), group)
-        memory = MemoryConfig(recompute=work.recompute)
-        parallelize(model, memory, mesh, work.compute_dtype, has_dropout=False, attend=_ATTENDS[work.kernel])
+        memory = MemoryConfig(
+            recompute=work.recompute,
+            offload_activations=work.offload_activations,
+            feed_forward_chunks=work.feed_forward_chunks,
+        )
+        host = _CountedHost()
+        attend = _ATTENDS[work.kernel]
+        parallelize(model, memory, mesh, work.compute_dtype, has_dropout=False, attend=attend, host=host)
         for parameter in model.parameters():
             # Gradients are the optimizer's to account for: ZeRO decides where they live and how long.
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        return _run(model, work)
+        return _run(model, work, host)
 
 
 def _place_on_fake_cpu(model: nn.Module) -> None:
@@ -169,7 +181,22 @@ def _attend_math(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
 _ATTENDS = {TracedKernel.fused: attend_by_shape, TracedKernel.math: _attend_math}
 
 
-def _run(model: nn.Module, work: Work) -> StepTrace:
+class _CountedHost(HostMemory):
+    """Keeps shapes instead of content: what is here takes nothing of the device."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+
+    def put(self, tensor: Tensor) -> Any:
+        self.num_bytes += _size_bytes(tensor)
+        return tensor.shape, tensor.dtype
+
+    def get(self, token: Any) -> Tensor:
+        shape, dtype = token
+        return torch.empty(shape, dtype=dtype)
+
+
+def _run(model: nn.Module, work: Work, host: _CountedHost) -> StepTrace:
     meter = CostCounter()
     with meter:
         inputs = empty_inputs(work.family, work.config, work.geometry, work.batch_size)
@@ -190,6 +217,7 @@ def _run(model: nn.Module, work: Work) -> StepTrace:
         forward_peak_bytes=forward_peak_bytes,
         kept_bytes=kept_bytes,
         backward_peak_bytes=meter.peak_bytes,
+        host_bytes=host.num_bytes,
     )
 
 

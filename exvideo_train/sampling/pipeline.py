@@ -25,6 +25,7 @@ from exvideo_train.models.family import Family
 from exvideo_train.models.registry import backbone_family, load_backbone
 from exvideo_train.models.stages import Draw, SamplerSettings, TextEncoder, VideoEncoder
 from exvideo_train.parallel.attention import choose_attention
+from exvideo_train.parallel.parallelize import run_in_chunks
 from exvideo_train.sampling.pictures import read_picture
 from exvideo_train.sampling.requests import VideoRequest
 from exvideo_train.sampling.variants import AdapterFile, Variant
@@ -41,6 +42,7 @@ class Sampling:
         dtype: of weights and computation: bfloat16 (5B) or float16 (2B) on GPUs, float32 for comparisons.
         positions: in time, of more latent frames than the base model's.
         vae_tiling: decode in tiles: less memory, faint seams.
+        feed_forward_chunks: pieces of the sequence that feed-forward layers take one after another.
         files: what is known of the variants' adapters, by path.
     """
 
@@ -51,6 +53,7 @@ class Sampling:
     positions: str = "trained"
     vae_tiling: bool = False
     attention: AttentionKernel = AttentionKernel.auto
+    feed_forward_chunks: int = 1
     files: dict[Path, AdapterFile] = field(default_factory=dict)
 
     @property
@@ -161,6 +164,7 @@ class Sampler:
             trained = self.family.extension().read(path, self.family.name)
             self._extension, self._names[path] = trained.extension, f"adapter{number}"
             trained.extension.place(backbone, self._names[path], trained, sampling.dtype, str(path))
+        run_in_chunks(backbone, sampling.feed_forward_chunks)
         attentions = [cast(Any, module) for module in backbone.modules() if hasattr(module, "attend")]
         if attentions:
             heads, dim = attentions[0].num_heads, attentions[0].head_dim

@@ -16,6 +16,7 @@ from exvideo_train.config.experiment import LORA_TARGETS, MemoryConfig, Recomput
 from exvideo_train.extensions.lora import LoraExtension
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.registry import FAMILIES
+from exvideo_train.parallel.activation_checkpointing import HostMemory
 from exvideo_train.parallel.mesh import Mesh
 from exvideo_train.parallel.parallelize import parallelize
 from exvideo_train.planning.trace import CostCounter, TracedKernel, Work, trace_blocks, trace_step
@@ -51,18 +52,36 @@ def small_config(rotary: bool, num_layers: int = 5) -> Any:
     )
 
 
-def on_cpu(config: Any, lora: LoraExtension, recompute: Recompute) -> nn.Module:
+class NoHost(HostMemory):
+    """Counts what is put away, and keeps it where no meter sees it."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+
+    def put(self, tensor: torch.Tensor) -> Any:
+        self.num_bytes += tensor.numel() * tensor.element_size()
+        return tensor.detach().numpy().copy()
+
+    def get(self, token: Any) -> torch.Tensor:
+        return torch.empty(token.shape).copy_(torch.from_numpy(token))
+
+
+def on_cpu(
+    config: Any, lora: LoraExtension, recompute: Recompute, host: NoHost | None = None, **memory: Any
+) -> nn.Module:
     """The network as a step runs it, fp32, with real weights."""
     network = FAMILY.build(config)
     lora.attach(network, seed=0)
     mesh = Mesh(0, 1, 1, torch.device("cpu"))
-    parallelize(network, MemoryConfig(recompute=recompute), mesh, torch.float32, has_dropout=False)
+    parallelize(network, MemoryConfig(recompute=recompute, **memory), mesh, torch.float32, False, host=host)
     return network.train()
 
 
-def count_on_cpu(config: Any, lora: LoraExtension, geometry: Geometry, recompute: Recompute) -> tuple[int, int]:
+def count_on_cpu(
+    config: Any, lora: LoraExtension, geometry: Geometry, recompute: Recompute, **memory: Any
+) -> tuple[int, int]:
     """FLOPs of a real forward and of a real backward pass."""
-    network = on_cpu(config, lora, recompute)
+    network = on_cpu(config, lora, recompute, **memory)
     latents_BTCHW, told_B, conditions = empty_inputs(FAMILY, config, geometry)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as forward:
         loss = network(latents_BTCHW.normal_(), told_B, conditions["text_BLC"].normal_()).square().mean()
@@ -169,7 +188,29 @@ def test_meter_of_a_step_sees_what_is_freed() -> None:
 
 
 @pytest.mark.parametrize("recompute", list(Recompute), ids=lambda policy: policy.name)
-def test_memory_of_a_trace_is_that_of_the_same_step_on_real_tensors(recompute: Recompute) -> None:
+def test_flops_of_feed_forward_layers_in_pieces(recompute: Recompute) -> None:
+    config, lora, memory = small_config(True), lora_of(4), {"feed_forward_chunks": 3}
+    trace = trace_step(Work(FAMILY, config, lora, GEOMETRIES[0], recompute, **memory))
+    counted = count_on_cpu(config, lora, GEOMETRIES[0], recompute, **memory)
+    assert (trace.forward_flops, trace.backward_flops) == counted
+    assert trace.backward_flops > traced(config, lora, GEOMETRIES[0], recompute)[1]
+
+
+# Policies alone, and the levers of exp/129f_48g and exp/129f_24g.
+LEVERS: list[tuple[Recompute, dict[str, Any]]] = [
+    *((policy, {}) for policy in Recompute),
+    (Recompute.full, {"offload_activations": True}),
+    (Recompute.keep_attention, {"offload_activations": True}),
+    (Recompute.full, {"feed_forward_chunks": 4}),
+    (Recompute.none, {"feed_forward_chunks": 4}),
+    (Recompute.full, {"offload_activations": True, "feed_forward_chunks": 8}),
+]
+
+
+@pytest.mark.parametrize(("recompute", "memory"), LEVERS)
+def test_memory_of_a_trace_is_that_of_the_same_step_on_real_tensors(
+    recompute: Recompute, memory: dict[str, Any]
+) -> None:
     """Live and peak bytes of a real fp32 CPU step, to the little that CPU kernels save differently."""
     config, lora, geometry = small_config(True), lora_of(4), Geometry(49, 64, 64, 8)
     trace = trace_step(
@@ -181,9 +222,11 @@ def test_memory_of_a_trace_is_that_of_the_same_step_on_real_tensors(recompute: R
             recompute,
             compute_dtype=torch.float32,
             weights_dtype=torch.float32,
+            **memory,
         )
     )
-    network = on_cpu(config, lora, recompute)
+    host = NoHost()
+    network = on_cpu(config, lora, recompute, host, **memory)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -198,5 +241,7 @@ def test_memory_of_a_trace_is_that_of_the_same_step_on_real_tensors(recompute: R
         loss.backward()
     assert trace.kept_bytes == pytest.approx(kept_bytes, rel=0.02)
     assert trace.backward_peak_bytes == pytest.approx(meter.peak_bytes, rel=0.02)
+    assert trace.host_bytes == host.num_bytes
+    assert (host.num_bytes > 0) == ("offload_activations" in memory)
     # The real step also draws its inputs and uses the CPU's attention.
     assert trace.moved_bytes == pytest.approx(meter.moved_bytes, rel=0.08)

@@ -218,16 +218,19 @@ class GeluProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two Linears with a GELU; the empty middle holds the place of the published dropout, which is 0."""
+    """Two Linears with a GELU; the empty middle holds the place of the published dropout, which is 0.
+
+    ``run_by_token(net, joint_BSC)`` runs them; tokens do not see each other in it, so that it may be done in pieces.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         hidden_dim = FEED_FORWARD_EXPANSION * dim
         self.net = nn.Sequential(GeluProjection(dim, hidden_dim), nn.Identity(), nn.Linear(hidden_dim, dim))
+        self.run_by_token: Callable[..., Tensor] = call_block
 
     def forward(self, joint_BSC: Tensor) -> Tensor:
-        output: Tensor = self.net(joint_BSC)
-        return output
+        return self.run_by_token(self.net, joint_BSC)
 
 
 class CogVideoXBlock(nn.Module):
@@ -300,7 +303,7 @@ class CogVideoXDiT(nn.Module):
     - ``join_sequence(tensor, dim)`` makes the whole sequence of every process's slice, on the output of `proj_out`
       (dim 1).
     - ``run_block(block, *args)`` calls a block: activation checkpointing goes here.
-    - ``attn1.attend`` of every block: see `JointAttention`.
+    - ``attn1.attend`` of every block: see `JointAttention`; ``ff.run_by_token``: see `FeedForward`.
     """
 
     def __init__(self, config: CogVideoXConfig) -> None:

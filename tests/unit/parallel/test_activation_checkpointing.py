@@ -9,7 +9,8 @@ import torch
 from support.updates import randomise_b
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from exvideo_train.config.experiment import LORA_TARGETS, Experiment, Recompute
+from exvideo_train.config.experiment import LORA_TARGETS, Experiment, MemoryConfig, Recompute
+from exvideo_train.errors import UserError
 from exvideo_train.extensions.lora import LoraExtension, apply_lora, lora_parameters
 from exvideo_train.models.registry import load_backbone
 from exvideo_train.parallel.activation_checkpointing import attention_ops
@@ -30,10 +31,13 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run(model: Path, recompute: Recompute, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> tuple:
+def run(
+    model: Path, recompute: Recompute, dropout: float = 0.0, dtype: torch.dtype = torch.float32, **memory: Any
+) -> tuple:
     """Loss, gradients, and operators run in the backward pass."""
     config = Experiment()
-    config.memory.recompute, config.lora.dropout = recompute, dropout
+    config.memory = MemoryConfig(recompute=recompute, **memory)
+    config.lora.dropout = dropout
     backbone = load_backbone(model, dtype, CPU)
     apply_lora(backbone, LoraExtension(4, 4.0, tuple(LORA_TARGETS), dropout), seed=0)
     randomise_b(backbone)
@@ -63,6 +67,42 @@ def test_recomputation_changes_no_bit(
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32
         assert torch.equal(recomputed[name], gradient), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("recompute", [Recompute.full, Recompute.keep_attention])
+@pytest.mark.parametrize("chunks", [1, 5])
+def test_inputs_that_wait_in_host_memory_change_no_bit(
+    tiny_model_5b: Path, recompute: Recompute, dropout: float, dtype: torch.dtype, chunks: int
+) -> None:
+    loss, gradients, _ = run(tiny_model_5b, recompute, dropout, dtype, feed_forward_chunks=chunks)
+    memory = {"feed_forward_chunks": chunks, "offload_activations": True}
+    offloaded_loss, offloaded, _ = run(tiny_model_5b, recompute, dropout, dtype, **memory)
+    assert offloaded_loss == loss
+    assert all(torch.equal(offloaded[name], gradient) for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("recompute", list(Recompute))
+@pytest.mark.parametrize("chunks", [2, 7, 256])
+def test_feed_forward_in_pieces_is_the_whole_one(
+    tiny_model_5b: Path, recompute: Recompute, dtype: torch.dtype, tolerance: float, chunks: int
+) -> None:
+    """Gradients of the updates are the same sums in another order."""
+    loss, gradients, _ = run(tiny_model_5b, recompute, 0.0, dtype)
+    loss_in_pieces, in_pieces, calls = run(tiny_model_5b, recompute, 0.0, dtype, feed_forward_chunks=chunks)
+    assert loss_in_pieces == pytest.approx(loss, rel=tolerance)
+    for name, gradient in gradients.items():
+        assert (in_pieces[name] - gradient).norm() <= tolerance * gradient.norm(), name
+    assert calls["gelu"] >= NUM_BLOCKS * min(chunks, 10)
+
+
+def test_levers_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(UserError, match=r"offload_activations=true.*recompute=full"):
+        MemoryConfig(recompute=Recompute.none, offload_activations=True)
+    with pytest.raises(UserError, match=r"compile=true: ZeRO-3"):
+        MemoryConfig(compile=True, zero_stage=3)
 
 
 def test_only_full_recomputation_runs_attention_again(tiny_model_5b: Path) -> None:
