@@ -160,8 +160,9 @@ def quote_overrides(overrides: list[str], config_class: type) -> list[str]:
         table = kinds.get(key.lstrip("+").rpartition(".")[0])
         if get_origin(table) is dict:
             kind = get_args(table)[1]
-        # Of options that are text or a list, a list is written in brackets.
-        is_text = kind in (str, str | None) or (kind is Any and not text.startswith("["))
+        # A list of texts is written in brackets, unless it is of one.
+        is_one_of_list = kind == list[str] and not text.startswith("[")
+        is_text = kind in (str, str | None) or is_one_of_list
         is_null = kind is not str and text == "null"
         if not is_assigned or not is_text or is_null or HYDRA_QUOTED.fullmatch(text):
             quoted.append(override)
@@ -169,7 +170,7 @@ def quote_overrides(overrides: list[str], config_class: type) -> list[str]:
             text = os.path.expanduser(text) if text.startswith("~/") else text
             # In OmegaConf ${ begins an interpolation.
             value = QuotedString(text.replace("${", "\\${"), Quote.single).with_quotes()
-            quoted.append(f"{key}={value}")
+            quoted.append(f"{key}=[{value}]" if is_one_of_list else f"{key}={value}")
     return quoted
 
 
@@ -311,6 +312,4 @@ def _type_name(kind: Any) -> str:
         return " | ".join(member.name for member in kind)
     if any(isinstance(one, type) and issubclass(one, Enum) for one in get_args(kind)):
         return " | ".join(_type_name(one) if one is not type(None) else "null" for one in get_args(kind))
-    if kind is Any:
-        return "str | list | null"
     return kind.__name__ if isinstance(kind, type) and not getattr(kind, "__args__", None) else str(kind)

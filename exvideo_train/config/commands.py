@@ -5,9 +5,9 @@ The data commands' own options stand in :mod:`exvideo_train.config.clips` and :m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated
 
 from omegaconf import MISSING
 
@@ -102,10 +102,9 @@ class Sample(Experiment):
     """Videos of each prompt, of seeds seed, seed + 1, ..."""
     image: str | None = None
     """Picture that every video begins with, for models that take one; cut and resized to the frames' size."""
-    adapter: Any = None
+    adapter: list[str] = field(default_factory=list)
     """Adapter file in any exported format, with a strength: A.safetensors:0.7. A list, [A.safetensors,B.safetensors],
-    makes a video with each; a list in it, [[A.safetensors,B.safetensors:0.5]], takes both at once. Unset samples the
-    base model."""
+    makes a video with each; A.safetensors+B.safetensors:0.5 takes both at once. None samples the base model."""
     compare: bool = False
     """Make the same video from the same noise without any adapter too."""
     keep_latents: bool = False

@@ -10,10 +10,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-
 from exvideo_train.config.latents import InspectLatents, StoreAction
-from exvideo_train.entry import run_command
 from exvideo_train.devices import choose_devices
+from exvideo_train.entry import run_command
 from exvideo_train.errors import UserError
 from exvideo_train.latents.inspection import describe_stats, write_previews
 from exvideo_train.latents.store import LatentStore

@@ -26,19 +26,12 @@ from torch import Tensor
 
 import exvideo_train
 from exvideo_train.errors import UserError
-from exvideo_train.files import (
-    atomic_save_safetensors,
-    atomic_write_json,
-    parse_json,
-    read_regular,
-    read_safetensors_header,
-    sha256_file,
-    short,
-)
+from exvideo_train.files import atomic_write_json, parse_json, read_regular, sha256_file, short
 from exvideo_train.sampling.pipeline import Sampling
 from exvideo_train.sampling.requests import VideoRequest
 from exvideo_train.sampling.variants import Variant
 from exvideo_train.sampling.video import Frame, compare_videos, write_mp4
+from exvideo_train.tensor_files import atomic_save_safetensors, read_safetensors_header
 
 SIDE_BY_SIDE, CONTACT_SHEETS = "side_by_side", "contact_sheets"
 REMEDY = "try model.dtype=bf16 or fp32, a strength of 0.5 or an adapter of an earlier step"

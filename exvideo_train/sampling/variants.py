@@ -16,7 +16,9 @@ from exvideo_train.files import sha256_file, short
 WITH_ADAPTER = "with_adapter"
 WITHOUT_ADAPTER = "without_adapter"
 # An adapter's strength after its name. Windows' drive letters have no number behind their colon.
-_STRENGTH = re.compile(r"(?P<path>.+):(?P<strength>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)")
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_STRENGTH = re.compile(rf"(?P<path>.+):(?P<strength>{_NUMBER})")
+_JOINED = re.compile(rf"(.+?\.safetensors(?::{_NUMBER})?)(?:\+|$)")
 
 
 @dataclass(frozen=True)
@@ -39,36 +41,36 @@ class Variant:
     adapters: tuple[PlacedAdapter, ...] = ()
 
 
-def make_variants(adapter: Any, compare: bool) -> tuple[Variant, ...]:
+def make_variants(adapters: Sequence[str], compare: bool) -> tuple[Variant, ...]:
     """What ``adapter=`` and ``compare=`` ask for.
 
     Args:
-        adapter: a file, or a list whose entries are files and lists of files taken at once.
+        adapters: files with their strengths, several of them at once joined by ``+``; each makes videos of its own.
         compare: the base model as well.
 
     Raises:
         UserError: it is nothing of that kind, or there is nothing to compare with.
     """
-    chosen = [tuple(map(_placed, _as_list(entry))) for entry in _as_list(adapter) if entry is not None]
-    if not all(chosen) or len(set(chosen)) < len(chosen):
-        raise UserError(f"adapter={short(adapter)}: names nothing, or the same adapter twice; name each variant once")
+    chosen = [tuple(_placed(part) for part in _at_once(entry)) for entry in adapters]
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"adapter={short(list(adapters))}: names the same twice; name each variant once")
     if compare and not chosen:
         raise UserError("compare=true: needs an adapter to compare with; set adapter=FILE")
     base = (Variant(WITHOUT_ADAPTER),)
     if not chosen:
         return base
     names = [WITH_ADAPTER] if len(chosen) == 1 else _names(chosen)
-    variants = tuple(Variant(name, adapters) for name, adapters in zip(names, chosen, strict=True))
+    variants = tuple(Variant(name, of_one) for name, of_one in zip(names, chosen, strict=True))
     return variants + base if compare else variants
 
 
-def _as_list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+def _at_once(entry: str) -> list[str]:
+    """The parts of ``A.safetensors+B.safetensors:0.5``; a file may have a plus in its name."""
+    found = _JOINED.findall(entry)
+    return found if "+".join(found) == entry and not Path(entry).exists() else [entry]
 
 
-def _placed(text: Any) -> PlacedAdapter:
-    if not isinstance(text, str) or not text:
-        raise UserError(f"adapter={short(text)}: must name a file, like A.safetensors or A.safetensors:0.7")
+def _placed(text: str) -> PlacedAdapter:
     # A file may be called so.
     if (found := _STRENGTH.fullmatch(text)) and not Path(text).exists():
         strength = float(found["strength"])

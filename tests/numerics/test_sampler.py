@@ -61,7 +61,7 @@ def reference_frames(model_path, geometry, settings, seed, strengths=(), dtype=t
     return frames * 255.0
 
 
-def our_frames(model_path, geometry, settings, seed, adapter=None, compare=False, negative_prompt="", **options):
+def our_frames(model_path, geometry, settings, seed, adapter=(), compare=False, negative_prompt="", **options):
     """frames_FHWC by variant."""
     variants = make_variants(adapter, compare)
     sampling = Sampling(model_path, settings, torch.float32, variants, **options)
@@ -83,7 +83,7 @@ SPACED = [(scheduler, spacing) for scheduler in LIBRARY for spacing in ("trailin
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
 def test_129_frames_with_and_without_adapter(tiny_model_5b, adapter_path, scheduler):
     geometry, settings = Geometry(129, 64, 96, 8), SamplerSettings(scheduler, 3, 7.0)
-    frames = our_frames(tiny_model_5b, geometry, settings, 6, adapter=str(adapter_path), compare=True)
+    frames = our_frames(tiny_model_5b, geometry, settings, 6, adapter=[str(adapter_path)], compare=True)
     assert_frames_close(frames[WITHOUT_ADAPTER], reference_frames(tiny_model_5b, geometry, settings, 6))
     with_adapter = reference_frames(tiny_model_5b, geometry, settings, 6, [(adapter_path, 1.0)])
     assert_frames_close(frames[WITH_ADAPTER], with_adapter)
@@ -95,8 +95,8 @@ def test_strengths_and_two_adapters_at_once(tiny_model_5b, adapter_path, tmp_pat
     """Drawn one after the other by one backbone, in an order in which a strength that stuck would show."""
     other = write_random_adapter(tmp_path / "other.safetensors", tiny_model_5b, ("attn1.to_k", "ff.net.2"), 2.0, seed=9)
     geometry, settings = Geometry(9, 64, 96, 8), SamplerSettings(scheduler, 3, 7.0, timestep_spacing=spacing)
-    entries = [[f"{adapter_path}:{strength}"] for strength in ("1.6", "0.4", "-1")]
-    entries.insert(1, [f"{adapter_path}:0.7", f"{other}:1.3"])
+    entries = [f"{adapter_path}:{strength}" for strength in ("1.6", "0.4", "-1")]
+    entries.insert(1, f"{adapter_path}:0.7+{other}:1.3")
     frames = our_frames(tiny_model_5b, geometry, settings, 2, adapter=entries, compare=True)
     expected = [[(adapter_path, 1.6)], [(adapter_path, 0.7), (other, 1.3)], [(adapter_path, 0.4)]]
     for ours, strengths in zip(frames.values(), [*expected, [(adapter_path, -1.0)], []], strict=True):

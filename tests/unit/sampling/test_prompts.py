@@ -114,22 +114,22 @@ def test_variants_are_named_after_their_files():
     def names(adapter, compare=False):
         return [variant.name for variant in make_variants(adapter, compare)]
 
-    assert names(None) == ["without_adapter"]
-    assert names("a.safetensors:0.5", compare=True) == ["with_adapter", "without_adapter"]
+    assert names([]) == ["without_adapter"]
+    assert names(["a.safetensors:0.5"], compare=True) == ["with_adapter", "without_adapter"]
     assert names(["a.safetensors", "b.safetensors:0.7"], compare=True) == ["a", "b_x0.7", "without_adapter"]
-    assert names([["x/a.safetensors", "b.safetensors"], "x/a.safetensors"]) == ["a+b", "a"]
+    assert names(["x/a.safetensors+b.safetensors:0.5", "x/a.safetensors"]) == ["a+b_x0.5", "a"]
     assert names(["1/adapter.safetensors", "2/adapter.safetensors"]) == ["1_adapter", "2_adapter"]
     with pytest.raises(UserError, match="twice"):
         names(["a.safetensors", "a.safetensors"])
     with pytest.raises(UserError, match="strength must be"):
-        names("a.safetensors:1e9")
+        names(["a.safetensors:1e9"])
 
 
 def test_prompts_that_are_cut_or_unknown_are_named(tiny_model_5b):
     said: list[str] = []
     long, foreign = "a rabbit wakes up and stretches " * 20, "兔子"
     requests = [VideoRequest(prompt, "", seed, GEOMETRY) for prompt in ("a rabbit", long, foreign) for seed in (1, 2)]
-    sampling = Sampling(tiny_model_5b, SamplerSettings("ddim", 2, 6.0), torch.float32, make_variants(None, False))
+    sampling = Sampling(tiny_model_5b, SamplerSettings("ddim", 2, 6.0), torch.float32, make_variants([], False))
     sampler = Sampler(sampling, torch.device("cpu"), requests, said.append)
     wanted, unwanted = sampler.conditions(requests[0])
     assert not torch.equal(wanted["text_BLC"], unwanted["text_BLC"])

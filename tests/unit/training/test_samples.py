@@ -71,4 +71,4 @@ def test_options_of_the_run_arrive_at_sampling(tmp_path: Path) -> None:
     composed = to_dataclass(compose_config("sample", quote_overrides(command[3:], Sample), Sample), Sample)
     assert {name: getattr(composed, name) for name in changed} == changed
     assert (composed.memory, composed.model) == (config.memory, config.model)
-    assert (composed.adapter, composed.overwrite) == (str(tmp_path / "a, b.safetensors"), True)
+    assert (composed.adapter, composed.overwrite) == ([str(tmp_path / "a, b.safetensors")], True)
