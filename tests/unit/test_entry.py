@@ -184,7 +184,7 @@ def test_other_values_are_left_to_hydra():
     overrides = ["seed=1", "optim.betas=[0.9,0.99]", "prompt=null", "+exp=demo", "model=tiny", "image=null"]
     assert quote_overrides(overrides, Sample) == overrides
     config = to_dataclass(compose_config("sample", [*overrides, "output=o"], Sample), Sample)
-    assert (config.prompt, config.adapter, config.optim.betas) == (None, None, [0.9, 0.99])
+    assert (config.prompt, config.image, config.optim.betas) == (None, None, [0.9, 0.99])
 
 
 def test_home_folder(monkeypatch):
