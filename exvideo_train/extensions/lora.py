@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -23,6 +24,7 @@ from exvideo_train.errors import UserError
 from exvideo_train.extensions.adapter_file import Adapter, read_adapter, write_adapter
 from exvideo_train.extensions.adapter_names import modules_of
 from exvideo_train.extensions.extension import Trained
+from exvideo_train.extensions.lora_function import LoraLinear
 from exvideo_train.randomness import generator_for
 
 # PEFT's name for the updates that are trained.
@@ -72,6 +74,7 @@ class LoraExtension:
 
     def attach(self, network: nn.Module, seed: int) -> None:
         apply_lora(network, self, seed)
+        compute_as_one(network)
 
     def initial(self, family: str) -> Trained | None:
         if not self.init:
@@ -148,6 +151,28 @@ def apply_lora(backbone: nn.Module, lora: LoraExtension, seed: int, name: str = 
         _initialise(module_name, layer, seed, name)
         layer.cast_input_dtype_enabled = False
     return backbone
+
+
+def compute_as_one(backbone: nn.Module) -> None:
+    """Let each Linear and its update be computed by one function where that is the same: see `lora_function`."""
+    for layer in lora_layers(backbone).values():
+        layer.forward = partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
+
+
+def _forward(layer: Any, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """PEFT's own ``plain`` where the update is dropped out, switched off or one of several, or gathered by ZeRO-3."""
+    a, b, base = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.get_base_layer()
+    has_dropout = layer.training and not isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
+    is_alone = layer.active_adapters == [ADAPTER] and not layer.disable_adapters and not layer.merged
+    # Of ZeRO-3 the modules' own calls gather the parameters.
+    if has_dropout or not is_alone or hasattr(a, "ds_id"):
+        return plain(x)
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if base.weight.dtype != x.dtype:
+        return plain(x)
+    output: Tensor = LoraLinear.apply(x, base.weight, base.bias, a, b, layer.scaling[ADAPTER])
+    return output
 
 
 def _initialise(module_name: str, layer: LoraLayer, seed: int, name: str) -> None:

@@ -65,7 +65,8 @@ class SequenceSplit:
         outgoing = [part.permute(2, 0, 1, 3) for part in x_BNSD.split(heads, dim=1)]
         sent_XBND = torch.cat(outgoing)
         received_SBND: Tensor = _AllToAll.apply(sent_XBND, [x_BNSD.shape[2]] * self.size, sizes, self.group)
-        return received_SBND.permute(1, 2, 0, 3).contiguous()
+        # Token-major in memory, as without a split; fused kernels take any order but that of the last axis.
+        return received_SBND.permute(1, 2, 0, 3)
 
     def _heads_to_tokens(self, x_BNSD: Tensor) -> Tensor:
         """(B, N/p, S, D) -> (B, N, S/p, D)."""
@@ -73,7 +74,7 @@ class SequenceSplit:
         own = sizes[self.rank]
         sent_SBND = x_BNSD.permute(2, 0, 1, 3).contiguous()
         received_XBND: Tensor = _AllToAll.apply(sent_SBND, sizes, [own] * self.size, self.group)
-        return torch.cat([part.permute(1, 2, 0, 3) for part in received_XBND.split(own)], dim=1)
+        return torch.cat([part.transpose(0, 1) for part in received_XBND.split(own)], dim=2).transpose(1, 2)
 
 
 class _AllToAll(torch.autograd.Function):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.cogvideox_costs import attention_flops, forward_flops, lora_forward_flops
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from exvideo_train.config.experiment import LORA_TARGETS, MemoryConfig, Recompute
 from exvideo_train.extensions.lora import LoraExtension
@@ -165,7 +165,8 @@ def test_a_trace_of_three_blocks_tells_all_of_a_deeper_one(recompute: Recompute,
 
 def test_ranks_of_a_sequence_group_share_flops_and_memory() -> None:
     geometry = Geometry(49, 64, 64, 8)
-    work = Work(FAMILY, small_config(True, 3), lora_of(4), geometry, Recompute.none)
+    # Deep, as every rank has the whole batch.
+    work = Work(FAMILY, small_config(True, 20), lora_of(4), geometry, Recompute.none)
     whole, half = trace_step(work), trace_step(dataclasses.replace(work, sequence_size=2))
     assert half.forward_flops / whole.forward_flops == pytest.approx(0.5, abs=0.02)
     assert half.kept_bytes / whole.kept_bytes == pytest.approx(0.5, abs=0.1)
@@ -209,9 +210,12 @@ LEVERS: list[tuple[Recompute, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("recompute", "memory"), LEVERS)
 def test_memory_of_a_trace_is_that_of_the_same_step_on_real_tensors(
-    recompute: Recompute, memory: dict[str, Any]
+    recompute: Recompute, memory: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Live and peak bytes of a real fp32 CPU step, to the little that CPU kernels save differently."""
+    """Live, peak and moved bytes of a real fp32 CPU step, to the little that CPU kernels do differently."""
+    for operator in CPU_ATTENTION:
+        # A product like the GPU's.
+        monkeypatch.setitem(flop_registry, operator, lambda *args, **kwargs: 0)
     config, lora, geometry = small_config(True), lora_of(4), Geometry(49, 64, 64, 8)
     trace = trace_step(
         Work(
@@ -243,5 +247,5 @@ def test_memory_of_a_trace_is_that_of_the_same_step_on_real_tensors(
     assert trace.backward_peak_bytes == pytest.approx(meter.peak_bytes, rel=0.02)
     assert trace.host_bytes == host.num_bytes
     assert (host.num_bytes > 0) == ("offload_activations" in memory)
-    # The real step also draws its inputs and uses the CPU's attention.
-    assert trace.moved_bytes == pytest.approx(meter.moved_bytes, rel=0.08)
+    # The real step also draws its inputs.
+    assert trace.moved_bytes == pytest.approx(meter.moved_bytes, rel=0.03)

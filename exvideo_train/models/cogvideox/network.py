@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from exvideo_train.models.cogvideox.modulation import Modulation, add_gated, modulate
 from exvideo_train.models.cogvideox.positions import (
     TRAINED,
     TimeAxis,
@@ -114,46 +115,6 @@ class LayerNorm(nn.LayerNorm):
             return super().forward(input)
 
 
-@dataclass(frozen=True)
-class Modulation:
-    """A shift, scale or gate from the timestep: one vector for the text tokens and one for the video tokens.
-
-    Vectors are (B, 1, C) and meet the sequence by broadcasting, in one fused operator for each kind: spread out to
-    (B, S, C) first, they would be written, read and kept for the backward pass like activations.
-
-    Attributes:
-        num_text: text tokens of the sequence that is here; they come first.
-    """
-
-    text_B1C: Tensor
-    video_B1C: Tensor
-    num_text: int
-
-    def split(self, joint_BSC: Tensor) -> tuple[Tensor, Tensor]:
-        """The sequence's text tokens and its video tokens."""
-        text, video = joint_BSC.split([self.num_text, joint_BSC.shape[1] - self.num_text], dim=1)
-        return text, video
-
-
-def modulate(normed_BSC: Tensor, shift: Modulation, scale: Modulation) -> Tensor:
-    """``normed * (1 + scale) + shift``."""
-    text, video = shift.split(normed_BSC)
-    return torch.cat(
-        [
-            torch.addcmul(shift.text_B1C, text, 1 + scale.text_B1C),
-            torch.addcmul(shift.video_B1C, video, 1 + scale.video_B1C),
-        ],
-        dim=1,
-    )
-
-
-def add_gated(joint_BSC: Tensor, update_BSC: Tensor, gate: Modulation) -> Tensor:
-    """``joint + gate * update``."""
-    joint, update = gate.split(joint_BSC), gate.split(update_BSC)
-    gates = (gate.text_B1C, gate.video_B1C)
-    return torch.cat([torch.addcmul(*parts) for parts in zip(joint, gates, update, strict=True)], dim=1)
-
-
 class ModulatedNorm(nn.Module):
     """Adaptive LayerNorm: shift, scale and gate from the timestep, one set for video tokens and one for text."""
 
@@ -193,15 +154,17 @@ class JointAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, joint_BSC: Tensor, rotary: RotaryTables | None) -> Tensor:
-        q_BNSD, k_BNSD, v_BNSD = (
-            rearrange(project(joint_BSC), "B S (N D) -> B N S D", N=self.num_heads)
+        # Token-major as far as the kernel: a norm of transposed memory would copy it first.
+        q_BSND, k_BSND, v_BSND = (
+            rearrange(project(joint_BSC), "B S (N D) -> B S N D", N=self.num_heads)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        q_BNSD, k_BNSD = self.norm_q(q_BNSD), self.norm_k(k_BNSD)
+        q_BSND, k_BSND = self.norm_q(q_BSND), self.norm_k(k_BSND)
         if rotary is not None:
-            q_BNSD, k_BNSD = rotate(q_BNSD, *rotary), rotate(k_BNSD, *rotary)
-        # Fused attention kernels take one dtype: that of the values, which saw no fp32 table.
-        out_BNSD = self.attend(q_BNSD.to(v_BNSD.dtype), k_BNSD.to(v_BNSD.dtype), v_BNSD)
+            q_BSND, k_BSND = rotate(q_BSND, *rotary), rotate(k_BSND, *rotary)
+        q_BNSD, k_BNSD, v_BNSD = (x.transpose(1, 2) for x in (q_BSND, k_BSND, v_BSND))
+        out_BNSD = self.attend(q_BNSD, k_BNSD, v_BNSD)
+        # No copy where the kernel has left tokens before heads in memory, as the fused ones do.
         output: Tensor = self.to_out[0](rearrange(out_BNSD, "B N S D -> B S (N D)"))
         return output
 
