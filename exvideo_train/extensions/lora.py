@@ -156,7 +156,7 @@ def apply_lora(backbone: nn.Module, lora: LoraExtension, seed: int, name: str = 
 def compute_as_one(backbone: nn.Module) -> None:
     """Let each Linear and its update be computed by one function where that is the same: see `lora_function`."""
     for layer in lora_layers(backbone).values():
-        layer.forward = partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
+        layer.forward = partial(_forward, layer, layer.forward)  # type: ignore[attr-defined]
 
 
 def _forward(layer: Any, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

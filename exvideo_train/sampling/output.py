@@ -139,8 +139,7 @@ class VideoFiles:
 
     def write_latents(self, latents_TCHW: Tensor, record: Mapping[str, Any]) -> None:
         metadata = {RECORD_KEY: json.dumps(record, ensure_ascii=False)}
-        # fp32 holds every number of the others.
-        atomic_save_safetensors(self.latents, {LATENTS: latents_TCHW.float().contiguous()}, metadata)
+        atomic_save_safetensors(self.latents, {LATENTS: latents_TCHW.contiguous()}, metadata)
 
     def write_video(self, frames: Iterable[tuple[Tensor, float]], record: Mapping[str, Any]) -> str:
         """Write frames_FHWC as they come, then the record; returns what is wrong with the video, empty for nothing."""

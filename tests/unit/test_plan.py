@@ -39,14 +39,14 @@ def planned(*overrides: str) -> Forecast:
 @pytest.fixture(scope="module")
 def small() -> tuple[Plan, Model]:
     """A narrow CogVideoX of five blocks, for what does not depend on size."""
-    config = compose("+exp=129f", "height=64", "width=96", "num_frames=49")
+    config = compose("+exp=129f", "memory=zero2", "height=64", "width=96", "num_frames=49")
     model = find_model(config)
     shape = dataclasses.replace(model.config, num_layers=5, num_attention_heads=8, attention_head_dim=16)
     return config, Model(model.family, shape)
 
 
 def test_129_frames_fit_in_80_gb() -> None:
-    plan = planned("+exp=129f")
+    plan = planned("+exp=129f", "memory=zero2")
     assert plan.fits
     assert plan.num_tokens == 44_776
     assert plan.trained == 250_478_592
@@ -54,7 +54,28 @@ def test_129_frames_fit_in_80_gb() -> None:
     assert plan.memory.weights == 2 * 5_570_283_072
     assert plan.memory.trained == 4 * 250_478_592
     assert plan.memory.kept / GIB == pytest.approx(42 * 44_776 * 3072 * 2 / GIB, rel=0.06)
-    assert plan.memory.allocated / GIB == pytest.approx(31.0, abs=0.5)
+    assert plan.memory.allocated / GIB == pytest.approx(29.9, abs=0.5)
+    assert planned("+exp=129f").fits
+    assert planned("+exp=129f").trace.backward_flops < 0.8 * plan.trace.backward_flops
+
+
+@pytest.mark.parametrize(("exp", "device"), [("129f_48g", "l40s"), ("129f_48g", "a6000"), ("129f_24g", "rtx4090")])
+def test_129_frames_fit_on_one_smaller_card(exp: str, device: str) -> None:
+    plan = planned(f"+exp={exp}", "gpus=1", f"device={device}")
+    assert plan.fits
+    # 41 of 42 block inputs: what comes before the first trained Linear needs no gradient.
+    assert plan.trace.host_bytes == 41 * 44_776 * 3072 * 2 or plan.trace.host_bytes == 42 * 44_776 * 3072 * 2
+
+
+def test_what_would_make_it_fit_on_a_small_card_is_found_among_the_levers() -> None:
+    config = compose("+exp=129f", "memory=zero2", "gpus=1", "device=rtx4090")
+    found = [option.text for option in ways_to_fit(config, find_model(config)) if option.same_adapter]
+    assert "memory.offload_optimizer=true memory.offload_activations=true" in found
+
+
+def test_element_wise_traffic_of_a_step() -> None:
+    """2.0 TiB at 129 frames at most; operators one by one moved 4.7."""
+    assert planned("+exp=129f").trace.moved_bytes < 2 * 2**40
 
 
 def test_the_plan_of_257_frames_divides_the_sequence() -> None:
