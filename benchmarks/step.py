@@ -8,8 +8,9 @@ Both hold the same random weights (copied, made on the device), the same LoRA, b
 autocast and torch's AdamW, and are checked to give the same loss and the same gradient norm before anything is timed.
 The compared runs take turns within one process; a table of medians goes to OUTPUT.md and all figures to OUTPUT.json
 (benchmarks/results/step, or step_gpu for a GPU).
-What runs out of memory is a row that says OOM. FLOPs are exact (exvideo_train.training.flops); TFLOP/s counts what is
-executed, recomputation included, MFU only what any implementation must compute.
+What runs out of memory is a row that says OOM. FLOPs are exact (exvideo_train.planning.trace); TFLOP/s counts what is
+executed, recomputation included, MFU only what any implementation must compute. "By plan" is the peak that the plan
+says of the same step, without the attention kernel's own workspace.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exvideo_train.config.experiment import LORA_TARGETS, AttentionKernel, Recompute
+from exvideo_train.config.experiment import LORA_TARGETS, AttentionKernel, MemoryConfig, Recompute
 from exvideo_train.errors import UserError
-from exvideo_train.extensions.lora import LoraExtension, apply_lora
+from exvideo_train.extensions.lora import LoraExtension
 from exvideo_train.files import atomic_write_json, atomic_write_text
 from exvideo_train.geometry import Geometry
 from exvideo_train.models.cogvideox.family import GRID
 from exvideo_train.models.noise_levels import squared_error
 from exvideo_train.models.registry import FAMILIES
-from exvideo_train.parallel.activation_checkpointing import block_runner
+from exvideo_train.parallel.activation_checkpointing import HostMemory, block_runner
 from exvideo_train.parallel.attention import choose_attention
 from exvideo_train.parallel.hardware import device_peak_flops
-from exvideo_train.planning.trace import CostCounter
-from exvideo_train.training.flops import step_flops
+from exvideo_train.parallel.parallelize import run_in_chunks
+from exvideo_train.planning.trace import CostCounter, StepTrace, TracedKernel, Work, trace_step
 
 GIB = 2**30
 DTYPE = torch.bfloat16
@@ -83,6 +84,8 @@ class Row:
     step_seconds: list[float] = dataclasses.field(default_factory=list)
     cpu_seconds: list[float] = dataclasses.field(default_factory=list)
     peak_gib: float | None = None
+    planned_gib: float | None = None
+    moved_gib: float = 0.0
     flops: int = 0
     necessary_flops: int = 0
     failure: str = ""
@@ -98,6 +101,10 @@ class Row:
         if self.median is None or base.median is None:
             return None
         return statistics.median(mine) / statistics.median(theirs)
+
+
+def lora_of(rank: int) -> LoraExtension:
+    return LoraExtension(rank, float(rank), tuple(LORA_TARGETS))
 
 
 class Contestant:
@@ -149,7 +156,7 @@ def fresh_on(device: torch.device) -> Iterator[None]:
 def make_ours(config: Any, rank: int, device: torch.device) -> Contestant:
     with fresh_on(device):
         model = FAMILIES[0].build(config)
-    apply_lora(model, LoraExtension(rank, float(rank), tuple(LORA_TARGETS)), seed=0)
+    lora_of(rank).attach(model, seed=0)
     model.train()
     return Contestant(model, lambda batch: model(batch.noisy_BTCHW, batch.timesteps_B, batch.text_BLC), device)
 
@@ -218,32 +225,57 @@ def make_batch(config: Any, geometry: Geometry, device: torch.device) -> Batch:
     )
 
 
-def set_form(model: nn.Module, recompute: Recompute, kernel: AttentionKernel, device: torch.device) -> str:
-    """Hang policy and kernel on our network; returns the kernel that runs.
+def set_form(model: nn.Module, memory: MemoryConfig, device: torch.device) -> str:
+    """Hang recomputation, its levers and the kernel on our network; returns the kernel that runs.
 
     Raises:
         UserError: the kernel does not run here.
     """
     attentions: list[Any] = [module for module in model.modules() if hasattr(module, "attend")]
-    attend, name = choose_attention(kernel, device, DTYPE, attentions[0].num_heads, attentions[0].head_dim)
+    heads, dim = attentions[0].num_heads, attentions[0].head_dim
+    attend, name = choose_attention(memory.attention, device, DTYPE, heads, dim)
     for attention in attentions:
         attention.attend = attend
-    runner = block_runner(recompute, has_dropout=False)
-    model.run_block = runner or (lambda block, *args: block(*args))  # type: ignore[assignment]
+    for module in model.modules():
+        if hasattr(module, "run_by_token"):
+            module.run_by_token = _call  # type: ignore[assignment]
+    run_in_chunks(model, memory.feed_forward_chunks)
+    inputs_on = HostMemory() if memory.offload_activations else None
+    model.run_block = block_runner(memory.recompute, False, inputs_on) or _call  # type: ignore[assignment]
+    for block in model.blocks:  # type: ignore[union-attr, operator]
+        block._compiled_call_impl = None
+        if memory.compile:
+            block.compile()
     return name
 
 
-# (name, recomputation, kernel); None is diffusers.
-FORMS: list[tuple[str, Recompute | None, AttentionKernel]] = [
-    ("diffusers + PEFT, its checkpointing", None, AttentionKernel.auto),
-    ("ours, recompute=full", Recompute.full, AttentionKernel.auto),
-    ("ours, recompute=keep_attention", Recompute.keep_attention, AttentionKernel.auto),
-    ("ours, recompute=none", Recompute.none, AttentionKernel.auto),
-    ("ours, recompute=full, attention=flash", Recompute.full, AttentionKernel.flash),
-    ("ours, recompute=full, attention=cudnn", Recompute.full, AttentionKernel.cudnn),
-    ("ours, recompute=full, attention=flash_attn", Recompute.full, AttentionKernel.flash_attn),
-    ("ours, recompute=full, attention=math", Recompute.full, AttentionKernel.math),
-]
+def _call(module: nn.Module, *args: Any) -> Tensor:
+    output: Tensor = module(*args)
+    return output
+
+
+def _full(**options: Any) -> MemoryConfig:
+    return MemoryConfig(recompute=Recompute.full, **options)
+
+
+# What is measured by name; None is diffusers. Compiling takes minutes on a CPU, and says nothing of a GPU.
+FORMS: dict[str, MemoryConfig | None] = {
+    "diffusers + PEFT, its checkpointing": None,
+    "ours, recompute=full": _full(),
+    "ours, recompute=keep_attention": MemoryConfig(recompute=Recompute.keep_attention),
+    "ours, recompute=none": MemoryConfig(recompute=Recompute.none),
+    "ours, as 129f_48g": MemoryConfig(recompute=Recompute.keep_attention, offload_activations=True),
+    "ours, as 129f_24g": _full(offload_activations=True, feed_forward_chunks=8),
+    "ours, recompute=full, attention=flash": _full(attention=AttentionKernel.flash),
+    "ours, recompute=full, attention=cudnn": _full(attention=AttentionKernel.cudnn),
+    "ours, recompute=full, attention=flash_attn": _full(attention=AttentionKernel.flash_attn),
+    "ours, recompute=full, attention=math": _full(attention=AttentionKernel.math),
+}
+ON_GPU_ALONE: dict[str, MemoryConfig | None] = {
+    "ours, recompute=full, compile": _full(compile=True),
+    "ours, recompute=keep_attention, compile": MemoryConfig(recompute=Recompute.keep_attention, compile=True),
+}
+THEIRS, PLAIN = list(FORMS)[:2]
 
 
 class Benchmark:
@@ -264,13 +296,28 @@ class Benchmark:
     def geometry(self, frames: int) -> Geometry:
         return Geometry(frames, *(FULL_SIZE if self.on_gpu else SMALL_SIZE), 8)
 
-    def flops(self, frames: int, recompute: Recompute) -> int:
-        lora = LoraExtension(self.rank, float(self.rank), tuple(LORA_TARGETS))
-        return sum(step_flops(FAMILIES[0], self.config, lora, self.geometry(frames), recompute))
+    def trace(self, frames: int, memory: MemoryConfig) -> StepTrace:
+        """What a plan says of the step."""
+        work = Work(
+            family=FAMILIES[0],
+            config=self.config,
+            extension=lora_of(self.rank),
+            geometry=self.geometry(frames),
+            recompute=memory.recompute,
+            offload_activations=memory.offload_activations,
+            feed_forward_chunks=memory.feed_forward_chunks,
+            kernel=TracedKernel.math if memory.attention is AttentionKernel.math else TracedKernel.fused,
+        )
+        return trace_step(work)
+
+    def planned_gib(self, trace: StepTrace) -> float:
+        """Peak by the plan: weights, gradients and optimizer of one contestant, and the trace's activations."""
+        gradients = sum(parameter.numel() * 4 for parameter in self.ours.trained)
+        return (self.ours.held_bytes + max(trace.forward_peak_bytes, trace.backward_peak_bytes + gradients)) / GIB
 
     def check_same_work(self) -> dict[str, float]:
         """Loss and gradient norm of both on a short sample; raises AssertionError when they differ."""
-        set_form(self.ours.model, Recompute.full, AttentionKernel.auto, self.device)
+        set_form(self.ours.model, MemoryConfig(), self.device)
         batch = make_batch(self.config, Geometry(17, *SMALL_SIZE, 8), self.device)
         (loss, norm), (their_loss, their_norm) = (c.gradient_norm(batch) for c in (self.ours, self.theirs))
         figures = {"loss": loss, "diffusers_loss": their_loss, "norm": norm, "diffusers_norm": their_norm}
@@ -281,25 +328,30 @@ class Benchmark:
     def run(self, frames: int, repeats: int) -> list[Row]:
         """All forms at one length, taking turns."""
         batch = make_batch(self.config, self.geometry(frames), self.device)
-        flops = {policy: self.flops(frames, policy) for policy in Recompute}
+        forms = FORMS | ON_GPU_ALONE if self.on_gpu else FORMS
+        necessary = _flops(self.trace(frames, MemoryConfig(recompute=Recompute.none)))
+        traces = {name: self.trace(frames, memory or MemoryConfig()) for name, memory in forms.items()}
         rows = [
-            Row(frames, name, flops=flops[policy or Recompute.full], necessary_flops=flops[Recompute.none])
-            for name, policy, _ in FORMS
+            Row(frames, name, flops=_flops(trace), necessary_flops=necessary, moved_gib=trace.moved_bytes / GIB)
+            for name, trace in traces.items()
         ]
         # The first two turns warm up and measure memory.
         for turn in range(-2, repeats):
-            for row, form in zip(rows, FORMS, strict=True):
+            for row, memory in zip(rows, forms.values(), strict=True):
                 if not row.failure:
-                    self._turn(row, form, batch, turn)
+                    self._turn(row, memory, batch, turn)
             print(f"{frames} frames: turn {turn + 1} of {repeats}", file=sys.stderr, flush=True)
+        for row, memory in zip(rows, forms.values(), strict=True):
+            # Of their step nothing is planned; what the compiler fuses, a plan does not see.
+            if memory is not None and not memory.compile:
+                row.planned_gib = self.planned_gib(traces[row.name])
         return rows
 
-    def _turn(self, row: Row, form: tuple[str, Recompute | None, AttentionKernel], batch: Batch, turn: int) -> None:
-        _, recompute, kernel = form
-        contestant, other = (self.theirs, self.ours) if recompute is None else (self.ours, self.theirs)
+    def _turn(self, row: Row, memory: MemoryConfig | None, batch: Batch, turn: int) -> None:
+        contestant, other = (self.theirs, self.ours) if memory is None else (self.ours, self.theirs)
         try:
-            if recompute is not None:
-                row.kernel = set_form(contestant.model, recompute, kernel, self.device)
+            if memory is not None:
+                row.kernel = set_form(contestant.model, memory, self.device)
             if turn < 0:
                 row.peak_gib = self._peak_bytes(contestant, other, batch) / GIB
                 return
@@ -333,6 +385,10 @@ class Benchmark:
     def _wait(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
+
+
+def _flops(trace: StepTrace) -> int:
+    return trace.forward_flops + trace.backward_flops
 
 
 def machine(device: torch.device, options: dict[str, str], script: str = "benchmarks/step.py") -> dict[str, Any]:
@@ -375,20 +431,21 @@ def markdown(rows: Sequence[Row], about: dict[str, Any], peak_flops: float | Non
         "Seconds are wall clock; the ratio is that of the medians"
         + (" of processor time, all threads." if any(row.cpu_seconds for row in rows) else "."),
         "",
-        "| frames | step | kernel | s/step (median) | of diffusers | TFLOP/s | MFU | peak GiB |",
-        "|---:|---|---|---:|---:|---:|---:|---:|",
+        "| frames | step | kernel | s/step (median) | of diffusers | TFLOP/s | MFU | peak GiB | by plan |",
+        "|---:|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         if row.median is None:
-            lines.append(f"| {row.frames} | {row.name} | {row.kernel} | {row.failure} | | | | |")
+            lines.append(f"| {row.frames} | {row.name} | {row.kernel} | {row.failure} | | | | | |")
             continue
-        base = next(other for other in rows if other.frames == row.frames and other.name == FORMS[0][0])
+        base = next(other for other in rows if other.frames == row.frames and other.name == THEIRS)
         ratio = row.ratio(base)
         mfu = f"{row.necessary_flops / row.median / peak_flops:.0%}" if peak_flops else ""
         lines.append(
             f"| {row.frames} | {row.name} | {row.kernel} | {row.median:.3f} | "
             f"{'' if ratio is None else format(ratio, '.2f')} | "
-            f"{row.flops / row.median / 1e12:.3g} | {mfu} | {row.peak_gib:.2f} |"
+            f"{row.flops / row.median / 1e12:.3g} | {mfu} | {row.peak_gib:.2f} | "
+            f"{'' if row.planned_gib is None else format(row.planned_gib, '.2f')} |"
         )
     return "\n".join(lines) + "\n"
 
