@@ -3,6 +3,7 @@
     python benchmarks/step.py                      full-size CogVideoX-5B on the first GPU, 49 and 129 frames of 480x720
     python benchmarks/step.py device=cpu           a small model the same way
     python benchmarks/step.py frames=49 repeats=20 output=benchmarks/results/step
+    python benchmarks/step.py only=diffusers,recompute=full,129f_24g           rows whose names hold one of these
 
 Both hold the same random weights (copied, made on the device), the same LoRA, bf16 frozen weights, fp32 LoRA, bf16
 autocast and torch's AdamW, and are checked to give the same loss and the same gradient norm before anything is timed.
@@ -48,7 +49,7 @@ from exvideo_train.planning.trace import CostCounter, StepTrace, TracedKernel, W
 
 GIB = 2**30
 DTYPE = torch.bfloat16
-DEFAULTS = {"device": "cuda", "frames": "49,129", "repeats": "", "output": "", "model": "5b"}
+DEFAULTS = {"device": "cuda", "frames": "49,129", "repeats": "", "output": "", "model": "5b", "only": ""}
 # On a CPU: the same layers, narrow and few, on small frames.
 SMALL = {"num_layers": 4, "num_attention_heads": 4, "text_embed_dim": 256, "time_embed_dim": 128}
 SMALL_SIZE, FULL_SIZE = (64, 96), (480, 720)
@@ -281,8 +282,8 @@ THEIRS, PLAIN = list(FORMS)[:2]
 class Benchmark:
     """Both networks, and the rows that come of them."""
 
-    def __init__(self, device: torch.device, model_name: str) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, model_name: str, only: Sequence[str]) -> None:
+        self.device, self.only = device, only
         self.on_gpu = device.type == "cuda"
         self.config = FAMILIES[0].published_config(f"zai-org/CogVideoX-{model_name}")
         if self.config is None or not self.config.use_rotary_positional_embeddings:
@@ -329,6 +330,7 @@ class Benchmark:
         """All forms at one length, taking turns."""
         batch = make_batch(self.config, self.geometry(frames), self.device)
         forms = FORMS | ON_GPU_ALONE if self.on_gpu else FORMS
+        forms = {name: memory for name, memory in forms.items() if any(word in name for word in self.only)}
         necessary = _flops(self.trace(frames, MemoryConfig(recompute=Recompute.none)))
         traces = {name: self.trace(frames, memory or MemoryConfig()) for name, memory in forms.items()}
         rows = [
@@ -475,7 +477,7 @@ def main(arguments: Sequence[str]) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={options['device']}: no GPU is here; device=cpu measures a small model")
     lengths = [int(frames) for frames in options["frames"].split(",")]
-    benchmark = Benchmark(device, options["model"])
+    benchmark = Benchmark(device, options["model"], options["only"].split(","))
     same_work = benchmark.check_same_work()
     repeats = int(options["repeats"] or (10 if device.type == "cuda" else 7))
     about = machine(device, given)
