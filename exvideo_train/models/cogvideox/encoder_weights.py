@@ -62,8 +62,8 @@ _TOKENIZER_FIELDS = {
 }
 
 
-def load_text_encoder(folder: Path, dtype: torch.dtype) -> Any:
-    """T5's encoder from a ``text_encoder/`` folder, on the CPU.
+def load_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """T5's encoder from a ``text_encoder/`` folder, each tensor straight onto the device: 9.5 GB for XXL in bf16.
 
     Raises:
         UserError: anything missing, unexpected, misshaped or truncated, before any memory is taken.
@@ -94,7 +94,9 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> Any:
     tensors[shared] = tensors.pop(embedding)
     with _refused(folder):
         # The library's own way from tensors to a network knows which of them stay in float32.
-        return T5EncoderModel.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        return T5EncoderModel.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, device_map={"": torch.device(device)}
+        )
 
 
 def load_tokenizer(folder: Path, vocabulary_size: int) -> Any:

@@ -37,9 +37,9 @@ class TextEncoder:
     def __init__(self, model_path: Path, device: torch.device | str, dtype: torch.dtype, max_length: int) -> None:
         self.device = torch.device(device)
         self.max_length = max_length
-        self._model: Any = load_text_encoder(model_path / "text_encoder", dtype)
+        self._model: Any = load_text_encoder(model_path / "text_encoder", dtype, self.device)
         self._tokenizer = load_tokenizer(model_path / "tokenizer", self._model.config.vocab_size)
-        self._model.requires_grad_(False).eval().to(self.device)
+        self._model.requires_grad_(False).eval()
 
     def tensors(self, caption: str) -> dict[str, Tensor]:
         """``text`` (L, C) of a caption."""
