@@ -370,7 +370,7 @@ def load(part: str, folder: Path) -> list[torch.Tensor]:
     """What a part of the model comes down to."""
     if part == SCHEDULER:
         alphas = noise_levels(folder.parent).signal_L
-        sampler = load_scheduler(folder.parent, SamplerSettings("ddim", 2, 6.0, seed=0))
+        sampler = load_scheduler(folder.parent, SamplerSettings("ddim", 2, 6.0))
         return [alphas, sampler.alphas_cumprod, sampler.timesteps]
     if part == TOKENIZER:
         tokenizer = load_tokenizer(folder, VOCABULARY)

@@ -27,7 +27,7 @@ def model_folder(folder: Path) -> Case:
     logging.disable_progress_bar()
     model = write_tiny_model(folder / "model", "5b")
     vocabulary = json.loads((model / "text_encoder" / "config.json").read_text())["vocab_size"]
-    sampler = SamplerSettings("ddim", 2, 6.0, 0)
+    sampler = SamplerSettings("ddim", 2, 6.0)
     loaders: dict[str, Callable[[], object]] = {
         "transformer": lambda: (read_text_length(model), load_backbone(model, torch.float32)),
         "text_encoder": lambda: load_text_encoder(model / "text_encoder", torch.float32),
