@@ -10,6 +10,7 @@ import torch
 from exvideo_train.errors import UserError
 from exvideo_train.models.cogvideox.encoders import TextEncoder, VideoEncoder
 from exvideo_train.models.stages import decode_whole
+from exvideo_train.planning.trace import CostCounter
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,20 @@ def test_decoding_in_chunks_equals_the_published_decoding(tiled_model_path, pipe
             scaled = encoder.normalisation.undo(latents_TCHW.transpose(0, 1))[None]
             expected = (vae.decode(scaled).sample[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0) * 255
         assert torch.equal(decode_whole(encoder, latents_TCHW), expected.round().byte())
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+def test_memory_of_decoding_does_not_grow_with_the_length(tiled_model_path, tiling):
+    """But for the latents themselves: frames go where they are taken, chunk by chunk."""
+    encoder, peaks = VideoEncoder(tiled_model_path, "cpu", torch.float32, tiling), []
+    for num_latents in (5, 25):
+        latents_TCHW = torch.randn(num_latents, 16, 8, 12)
+        with CostCounter() as meter:
+            for frames_FHWC, _ in encoder.decode(latents_TCHW):
+                assert len(frames_FHWC) <= 12
+                del frames_FHWC
+        peaks.append(meter.peak_bytes - 4 * latents_TCHW.numel())
+    assert peaks[1] < 1.02 * peaks[0]
 
 
 @pytest.mark.parametrize("chunks_before", [0, 1, 3])
