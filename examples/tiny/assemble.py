@@ -17,9 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from exvideo_train.errors import UserError
-from exvideo_train.files import atomic_write_json
+from exvideo_train.files import atomic_write, atomic_write_json
 from exvideo_train.models.cogvideox import published
-from exvideo_train.tensor_files import atomic_save_safetensors
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 NETWORK_FILE = "diffusion_pytorch_model.safetensors"
@@ -44,10 +43,12 @@ def write_model(parts: Path, target: Path, network: object, config: Mapping[str,
         config: its ``transformer/config.json``.
     """
     import torch
+    from safetensors.torch import save_file
 
     assert isinstance(network, torch.nn.Module)
     state = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in network.state_dict().items()}
-    atomic_save_safetensors(target / "transformer" / NETWORK_FILE, state, {"format": "pt"})
+    file = target / "transformer" / NETWORK_FILE
+    atomic_write(file, lambda temporary: save_file(state, temporary, {"format": "pt"}))
     atomic_write_json(target / "transformer" / "config.json", config)
     for part in ("vae", "tokenizer", "text_encoder"):
         shutil.copytree(parts / part, target / part, dirs_exist_ok=True)

@@ -5,19 +5,19 @@ Axis letters: N clips, B batch, F video frames, T latent frames, C channel, H he
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from train_vae import clip
 
-from exvideo_train.files import sha256_file
+from exvideo_train.files import atomic_write, sha256_file
 from exvideo_train.models.cogvideox.encoder_weights import load_vae
 from exvideo_train.models.cogvideox.encoding import read_normalisation
-from exvideo_train.tensor_files import atomic_save_safetensors
 
 # Seeds of scenes; the VAE's, and those that clips.py gives out from 0 on for an adapter, come from other ranges.
 FIRST_TRAINING_SEED, FIRST_HELD_OUT_SEED = 10_000_000, 20_000_000
@@ -41,7 +41,8 @@ def encoded(model: Path, cache: Path, first_seed: int, num_clips: int, num_frame
         path = cache / digest[:12] / f"{num_frames}_frames_{first}.safetensors"
         if not path.exists():
             vae = vae or load_vae(model / "vae", torch.float32)
-            atomic_save_safetensors(path, {"moments": _encode_chunk(vae, first, num_frames)})
+            tensors = {"moments": _encode_chunk(vae, first, num_frames)}
+            atomic_write(path, partial(save_file, tensors))
         chunks.append(load_file(path)["moments"])
     return torch.cat(chunks)[:num_clips]
 
