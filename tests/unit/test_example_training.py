@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from exvideo_train.errors import UserError
+from exvideo_train.models.registry import load_backbone
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -117,6 +118,36 @@ def test_the_gap_is_a_ratio_of_means_with_an_interval():
     gap, low, high = gap_with_interval(losses)
     assert low < gap < high
     assert gap == pytest.approx(2.5)
+
+
+def test_what_is_trained_is_a_model_in_the_published_layout(tmp_path):
+    from assemble import write_model
+    from captions import write_text_encoder
+    from latents import Latents, encoded
+    from train_dit import make_dit, transformer_config
+    from train_vae import clip, make_vae
+
+    torch.manual_seed(0)
+    vae = make_vae()
+    vae.save_pretrained(tmp_path / "parts" / "vae")
+    write_text_encoder(tmp_path / "parts")
+    network, config = make_dit(transformer_config("rotary", 49)), transformer_config("rotary", 49)
+    write_model(tmp_path / "parts", tmp_path / "model", network, config)
+
+    loaded = load_backbone(tmp_path / "model", torch.bfloat16)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.bfloat16()), name
+    moments = encoded(tmp_path / "model", tmp_path / "cache", 5, 3, 9)
+    assert moments.shape == (3, 32, 3, 6, 8)
+    with torch.inference_mode():
+        alone = vae.encode(clip(7, 9)[None]).latent_dist.parameters[0]
+    assert (moments[2] - alone).abs().max() < 0.05
+    # Kept on disk: the second time it is read.
+    (chunk,) = (tmp_path / "cache").rglob("*.safetensors")
+    written = chunk.stat().st_mtime_ns
+    latents = Latents(tmp_path / "model", tmp_path / "cache", 5, 3, 9)
+    assert chunk.stat().st_mtime_ns == written
+    assert latents.sample(0, torch.zeros(latents.shape_TCHW)).shape == latents.shape_TCHW == (3, 16, 6, 8)
 
 
 def test_only_kept_models_are_assembled_and_nothing_is_overwritten(tmp_path):
