@@ -96,7 +96,8 @@ def load_network(model: Path, adapter: str) -> nn.Module:
     network: nn.Module = load_backbone(model, torch.float32)
     if adapter != BASE:
         trained = LoraExtension.read(Path(adapter))
-        trained.extension.place(network, trained, torch.float32, 1.0, adapter)
+        trained.extension.place(network, "adapter", trained, torch.float32, adapter)
+        trained.extension.choose(network, {"adapter": 1.0})
     return network.eval()
 
 

@@ -191,11 +191,12 @@ def print_table(title: str, table: dict[str, dict[str, float]]) -> None:
 def through_vae(model: Path, video_FHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A clip encoded and decoded, from the posterior's mean."""
     from exvideo_train.models.cogvideox.encoders import VideoEncoder
+    from exvideo_train.models.stages import decode_whole
 
     encoder = VideoEncoder(model, "cpu", torch.float32, tiling=False)
     mean_CTHW = encoder.encode(torch.from_numpy(video_FHWC)).chunk(2)[0]
     factor = torch.tensor(encoder.normalisation.factor_C).view(-1, 1, 1, 1)
-    return encoder.decode((mean_CTHW * factor).transpose(0, 1))[0].numpy()
+    return decode_whole(encoder, (mean_CTHW * factor).transpose(0, 1)).numpy()
 
 
 def print_accuracy(model: Path | None, num_clips: int) -> None:
