@@ -218,7 +218,7 @@ def print_readings(folder: Path, variant: str) -> None:
     figures: dict[str, dict[str, list[float]]] = {}
     found = find_videos("folder", folder, variant)
     for video in found:
-        frames = [frame for _, frame in read_frames(str(video.path), Reading(0.0, None, 10_000))]
+        frames = [frame for _, frame in read_frames(str(video.path), Reading(FPS, (HEIGHT, WIDTH), 10_000))]
         seen = read(probe, np.stack(frames))
         prompt = video.prompt.replace(",", "").split()
         asked = {name: word for name, words in WORDS.items() if (word := asked_word(name, words, prompt))}
