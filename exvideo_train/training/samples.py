@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from exvideo_train.config.experiment import Experiment, plain_config
@@ -66,7 +67,8 @@ class SampleProcess:
         # All that the run's options say about sampling, with the groups that it reads. The model as given, not the
         # folder that training resolved: sampling needs the text encoder and the VAE too.
         plain = plain_config(self.config)
-        options = {name: value for name, value in plain.items() if not isinstance(value, dict)}
+        of_every_command = {option.name for option in fields(Experiment)}
+        options = {name: plain[name] for name in of_every_command if not isinstance(plain[name], dict)}
         options |= {f"{group}.{name}": plain[group][name] for group in ("model", "memory") for name in plain[group]}
         options |= {
             "adapter": adapter,

@@ -333,5 +333,5 @@ def test_one_function_opens_media() -> None:
         ("clips/opening.py", "av.open"),
         ("clips/decoders/decord.py", "self._decord.VideoReader"),
         # A picture that the user names, of two formats.
-        ("sample.py", "Image.open"),
+        ("sampling/pictures.py", "Image.open"),
     }

@@ -47,7 +47,7 @@ def test_sample_videos_are_made_and_measured_beside_training(trained: Trained, t
     run_dir = trained.run_dir("sampled")
     folder = run_dir / "samples" / "step_00000002"
     assert f"sample videos: {folder}" in output, (folder / "log.txt").read_text()
-    assert len(list(folder.glob("*.mp4"))) == 1
+    assert len(list(folder.glob("with_adapter/*.mp4"))) == 1
     sampled, final = load_file(folder / "adapter.safetensors"), trained.adapter("sampled")
     assert all(torch.equal(sampled[name], final[name]) for name in final)
 
@@ -68,7 +68,8 @@ def test_sample_videos_are_made_and_measured_beside_training(trained: Trained, t
     (run_dir / "metrics.jsonl").write_text(
         "".join(json.dumps(record) + "\n" for record in trained.records("sampled") if "samples" not in record)
     )
-    (run_dir / "samples" / "step_00000004" / "000_with_adapter.mp4").mkdir(parents=True)
+    (run_dir / "samples" / "step_00000004").mkdir()
+    (run_dir / "samples" / "step_00000004" / "with_adapter").touch()
     before = (folder / "measures.json").stat()
     with Ranks([TRAIN, *options, "max_steps=4"], 1, tmp_path / "again.txt") as ranks:
         output = finished(ranks)

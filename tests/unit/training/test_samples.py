@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from exvideo_train.config.commands import Sample
+from exvideo_train.config.commands import Sample, Train
 from exvideo_train.config.experiment import AttentionKernel, Experiment, Positions, SamplerKind, TimestepSpacing
 from exvideo_train.entry import compose_config, quote_overrides, to_dataclass
 from exvideo_train.training.samples import SampleProcess, environment
@@ -59,7 +59,7 @@ def test_the_process_is_no_rank_of_the_job(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_options_of_the_run_arrive_at_sampling(tmp_path: Path) -> None:
-    config = Experiment()
+    config = Train(latents="store", run_dir="run")
     changed = {"num_frames": 57, "guidance_scale": 3.5, "num_inference_steps": 7, "seed": 11, "vae_tiling": True}
     changed |= {"batched_guidance": False, "negative_prompt": "a, 'blur' {of} $x", "positions": Positions.interpolated}
     changed |= {"timestep_spacing": TimestepSpacing.linspace, "scheduler": SamplerKind.dpm}
